@@ -1,0 +1,843 @@
+"""What the four stages share: data, prompts, generation, answer checking, PRM scores, selection, training, files.
+
+Paper: "Diving into Self-Evolving Training for Multimodal Reasoning" (M-STaR, arXiv 2412.17451). Symbols stand in
+comments where the code meets them. Every function can be lifted on its own; nothing here keeps state between calls.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+
+LETTERS = "ABCDEFGHIJ"
+
+
+class InputError(Exception):
+    """Something the user can mend; its one sentence says what to do."""
+
+
+def flag(default, help: str):
+    """A dataclass field that HfArgumentParser shows with its meaning; a list is copied for every use."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class CommonArgs:
+    """Flags that mean the same in every stage."""
+
+    runs: str = flag("runs/toy", "folder that holds one sub-folder per stage")
+    instruction: str = flag("Think step by step , then end with Answer :", "asks for a chain of thought; follows every question")
+    max_prompt_tokens: int = flag(2048, "a longer prompt (image tokens included) is refused")
+    max_new_tokens: int = flag(80, "a response that has not ended by then is cut and counts as wrong")
+    rows: int = flag(512, "responses decoded or scored at once; lower it when memory runs out")
+    chunk: int = flag(64, "prompts between two writes to disk: what a killed run may lose")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
+    micro_batch: int = flag(32, "responses in one forward and backward pass; lower it when memory runs out")
+    save_every: int = flag(50, "optimizer steps between two checkpoints")
+    seed: int = flag(0, "every random choice follows from it")
+    trust_remote_code: bool = flag(False, "run code that comes with a checkpoint")
+    overwrite: bool = flag(False, "delete what this stage wrote before and start anew")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help shows a script's docstring as it is written, and every default."""
+
+
+def run_stage(args_class, main) -> None:
+    """Parse flags into `args_class` and call `main(args)`; an InputError becomes one sentence and exit code 1."""
+    parser = HfArgumentParser(args_class, description=sys.modules["__main__"].__doc__, formatter_class=Help)
+    args = parser.parse_args_into_dataclasses()[0]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        main(args)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", 0) is None or isinstance(error, FileNotFoundError):
+            raise
+        sys.exit(f"error: could not write or read a file ({error}); what was written is whole: mend that and run the same command to continue")
+
+
+# ---------------------------------------------------------------- files: JSONL, run folders, checkpoints
+
+def read_jsonl(path) -> list[dict]:
+    """All records of a JSONL file, in order. Raises InputError with file and line on the first bad one."""
+    rows = []
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist")
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path} line {number}: not JSON ({error.msg}); mend or delete the line") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path} line {number}: expected a JSON object, found {type(row).__name__}")
+            rows.append(row)
+    return rows
+
+
+def write_atomic(path, text: str) -> None:
+    """Write a file so that a reader, or a killed run, sees the old text or the new text and nothing between."""
+    part = Path(f"{path}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def write_json(path, value) -> None:
+    """`value` as indented JSON, written atomically."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def print_table(values: dict, indent: str = "") -> None:
+    """Names and figures, one per line; nested ones indented, lists left out."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}")
+            print_table(value, indent + "  ")
+        elif not isinstance(value, list):
+            print(f"{indent}{name:<{32 - len(indent)}}{value:>10.4g}" if isinstance(value, float) else f"{indent}{name:<{32 - len(indent)}}{value!s:>10}")
+
+
+def write_jsonl(path, rows) -> None:
+    """Rows as JSONL, written atomically."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_chunks(path, items: list, rows_per_item: int, chunk: int, produce, label: str) -> list[dict]:
+    """Write `produce(items[a:b])` to a JSONL file chunk by chunk, skipping the chunks that are already there.
+
+    `produce` returns exactly rows_per_item rows per item. A run killed in a write leaves part of a chunk; that part is
+    cut off and the whole chunk produced again, so chunk borders, and with them every batch, never depend on a kill.
+    Returns all rows of the file.
+    """
+    path = Path(path)
+    whole = [len(items[a:a + chunk]) * rows_per_item for a in range(0, len(items), chunk)]  # rows of each chunk
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines  # a torn last line
+    done = 0
+    while done < len(whole) and sum(whole[:done + 1]) <= len(lines):
+        done += 1
+    with open(path, "ab") as file:
+        file.truncate(sum(map(len, lines[:sum(whole[:done])])))
+        for k in tqdm(range(done, len(whole)), desc=label, initial=done, total=len(whole), disable=done == len(whole)):
+            rows = produce(items[k * chunk:(k + 1) * chunk])
+            assert len(rows) == whole[k], f"{label}: {len(rows)} rows for a chunk of {whole[k]}"
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+    return read_jsonl(path)
+
+
+def digest(path) -> str:
+    """A short SHA-256 of a file, or of the configuration and weights of a checkpoint folder."""
+    path, sha = Path(path), hashlib.sha256()
+    files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors", ".jinja")) if path.is_dir() else [path]
+    for name in files:
+        with open(name, "rb") as file:
+            sha.update(name.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()[:16]
+
+
+LOCKS = []  # open lock files; the kernel frees a lock when its process ends, however it ends
+
+
+def open_run(args, stage: str, inputs: dict) -> Path:
+    """Make, lock and fingerprint the folder of a stage: `<runs>/<stage>`.
+
+    inputs: {name: file or checkpoint folder} the results depend on. Raises InputError if one is missing, if another
+    process holds the folder, or if it was made with other flags or inputs (unless args.overwrite).
+    """
+    out = Path(args.runs) / stage
+    hub = [n for n, p in inputs.items() if n == "model" and not Path(p).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(p))]
+    for name, path in inputs.items():
+        if name not in hub and not Path(path).exists():
+            maker = next((s for s in ("01_warmup", "02_train_prm", "03_self_evolve") if s in Path(path).parts), None)
+            raise InputError(f"{stage} needs {path} ({name}); run {f'{maker}.py' if maker else 'python tests/toy.py, or name your data,'} first")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"cannot write to {out} ({error.strerror}); choose another --runs") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another process is writing {out}; wait for it or choose another --runs") from None
+    LOCKS.append(lock)
+    harmless = ("overwrite", "runs", "device")
+    now = {"flags": {k: v for k, v in asdict(args).items() if k not in harmless},
+           "inputs": {k: str(p) if k in hub else digest(p) for k, p in inputs.items()}}
+    if args.overwrite:
+        if any(out.iterdir()) and not (out / "run.json").exists() and set(os.listdir(out)) != {".lock"}:
+            raise InputError(f"{out} holds files but no run.json, so --overwrite will not delete it; choose another --runs")
+        for path in sorted(out.iterdir(), key=lambda p: p.name == "run.json"):  # run.json last: a killed deletion can go on
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif (out / "run.json").exists():
+        then = json.loads((out / "run.json").read_text())
+        changed = [f"{part[:-1]} {k} was {then[part].get(k)!r}, now {now[part].get(k)!r}"
+                   for part in now for k in {**then[part], **now[part]} if then[part].get(k) != now[part].get(k)]
+        if changed:
+            raise InputError(f"{out} was made with other settings: {'; '.join(changed)}. Use --overwrite or another --runs")
+    write_json(out / "run.json", now)
+    return out
+
+
+def save_checkpoint(folder: Path, policy, optimizer, state: dict) -> None:
+    """Save policy (a Hugging Face folder), AdamW moments (safetensors) and `state` (JSON, with "step") as one.
+
+    Files go to a new folder first; replacing state.json is the one moment at which the new checkpoint counts.
+    """
+    if (folder / "state.json").exists() and json.loads((folder / "state.json").read_text()) == state:
+        return  # it is this checkpoint already
+    new = folder / f"step_{state['step']:06d}"
+    shutil.rmtree(new, ignore_errors=True)
+    save_model(policy, new / "policy")
+    names = {p: n for n, p in policy.model.named_parameters()}
+    moments = {f"{names[p]}.{key}": value.contiguous() for p, s in optimizer.state.items() for key, value in s.items()}
+    save_file(moments, new / "optimizer.safetensors")
+    write_json(folder / "state.json", state)
+    for old in folder.glob("step_*"):
+        if old != new:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
+    """Put the newest checkpoint of `save_checkpoint` into policy and optimizer; its state, or None if there is none."""
+    if not (folder / "state.json").exists():
+        return None
+    state = json.loads((folder / "state.json").read_text())
+    saved = folder / f"step_{state['step']:06d}"
+    load_weights(policy, saved / "policy")
+    with safe_open(saved / "optimizer.safetensors", "pt") as moments:
+        keys = set(moments.keys())
+        for name, p in policy.model.named_parameters():
+            if f"{name}.step" in keys:
+                optimizer.state[p] = {k: moments.get_tensor(f"{name}.{k}").to(p.device if k != "step" else "cpu")
+                                      for k in ("step", "exp_avg", "exp_avg_sq")}
+    return state
+
+
+# ---------------------------------------------------------------- examples
+
+def load_examples(path) -> list[dict]:
+    """Read and check a data file; every record gets "where" (file and line) and "image" becomes an absolute path.
+
+    A record: {"id": "a1", "image": "images/a1.png", "question": "...", "answer": "7", "choices": null, "source": "toy"}.
+    Raises InputError with file and line on a missing or mistyped field, an empty answer, a repeated id, or an image
+    that is missing, broken or outside the data folder.
+    """
+    rows, folder, seen = read_jsonl(path), Path(path).resolve().parent, {}
+    if not rows:
+        raise InputError(f"{path} is empty: it needs one JSON record per line")
+    for number, row in enumerate(rows, 1):
+        row["where"] = f"{path} line {number}"
+        for name in ("id", "image", "question", "answer", "source"):
+            if not isinstance(row.get(name), str) or not row[name].strip():
+                raise InputError(f"{row['where']}: field \"{name}\" must be a text that is not empty, found {row.get(name)!r}")
+        choices = row.setdefault("choices", None)
+        if choices is not None and not (isinstance(choices, list) and 2 <= len(choices) <= len(LETTERS) and all(isinstance(c, str) for c in choices)):
+            raise InputError(f"{row['where']}: field \"choices\" must be a list of 2 to {len(LETTERS)} texts, or null")
+        if choices and choice_index(row["answer"], choices) is None:
+            raise InputError(f"{row['where']}: the answer {row['answer']!r} is none of the choices")
+        if row["id"] in seen:
+            raise InputError(f"{row['where']}: id {row['id']!r} stands already in line {seen[row['id']]}")
+        seen[row["id"]] = number
+        image = (folder / row["image"]).resolve()
+        if not image.is_relative_to(folder):
+            raise InputError(f"{row['where']}: image {row['image']!r} leaves the data folder {folder}")
+        row["image"] = str(image)
+        try:
+            with Image.open(image) as opened:
+                opened.verify()
+        except FileNotFoundError:
+            raise InputError(f"{row['where']}: image {image} does not exist") from None
+        except (UnidentifiedImageError, SyntaxError, OSError) as error:
+            raise InputError(f"{row['where']}: image {image} cannot be read ({error})") from None
+    return rows
+
+
+# ---------------------------------------------------------------- answers
+
+def extract_answer(response: str) -> str | None:
+    r"""The final answer that a response names, or None: none, or two that differ (fails closed).
+
+    >>> extract_answer("3 + 4 = 7\nAnswer : 7")
+    '7'
+    >>> extract_answer("So the answer is (B) 12.")
+    '(B) 12'
+    >>> extract_answer("Answer: 7\nAnswer: 8") is None
+    True
+    """
+    named = re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", response)
+    if not named:
+        named = re.findall(r"\banswer\s*(?:is\s*:?|:)\s*([^\n]*)", response, flags=re.IGNORECASE)
+    named = [a.strip().strip("*").rstrip(".").strip() for a in named]
+    return named[-1] if named and named[-1] and len({normalize(a) for a in named}) == 1 else None
+
+
+def normalize(answer: str) -> str:
+    r"""An answer without dressing: case, spaces, $, LaTeX spacing, degree and percent signs, final full stop.
+
+    >>> normalize(" $1,250^\\circ$. ")
+    '1250'
+    """
+    text = answer.strip().casefold().rstrip(".").strip()
+    text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\left|\\right|\\[,;! ]|\^\s*\{?\s*\\circ\s*\}?|\\%|[$%°]", "", text)
+    text = re.sub(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r"\1/\2", text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    return " ".join(text.split())
+
+
+def number(text: str) -> Fraction | None:
+    """The exact number that a text is, or None: '1,250', '-3.50', '3/4', '7 cm' are numbers, 'row 7' is not.
+
+    >>> number("-3.50"), number("3 / 4"), number("seven")
+    (Fraction(-7, 2), Fraction(3, 4), None)
+    """
+    match = re.fullmatch(r"([+-]?\s*(?:\d+\.?\d*|\.\d+))(?:\s*/\s*(\d+))?(?:\s*(?!e\d)[a-z]+[²³\d]?)?", normalize(text))
+    if not match or (match[2] and int(match[2]) == 0):
+        return None
+    return Fraction(match[1].replace(" ", "")) / int(match[2] or 1)
+
+
+def choice_index(answer: str, choices: list[str]) -> int | None:
+    """The position of the one choice that an answer names, by letter first, then by text; None if none or several.
+
+    >>> choice_index("(B) 12", ["9", "12"]), choice_index("12", ["9", "12"]), choice_index("A or B", ["9", "12"])
+    (1, 1, None)
+    """
+    letters = LETTERS[:len(choices)]
+    match = re.fullmatch(rf"\(?\s*([{letters}{letters.lower()}])\s*(?:[).:]\s*(.*))?", answer.strip(), flags=re.DOTALL)
+    if match:
+        index, rest = letters.index(match[1].upper()), normalize(match[2] or "")
+        if not rest or rest == normalize(choices[index]):
+            return index
+    same = [i for i, c in enumerate(choices) if normalize(c) == normalize(answer)]
+    return same[0] if len(same) == 1 else None
+
+
+def canonical(answer: str | None, choices: list[str] | None) -> str | None:
+    """An answer in the form in which two answers are compared and votes are counted; None if it cannot be read.
+
+    >>> canonical("(B)", ["9", "12"]), canonical("7.0", None), canonical("A and B", ["9", "12"])
+    ('B', '7', None)
+    """
+    if answer is None:
+        return None
+    if choices:
+        index = choice_index(answer, choices)
+        return None if index is None else LETTERS[index]
+    value = number(answer)
+    return str(value) if value is not None else normalize(answer) or None
+
+
+def is_correct(answer: str | None, example: dict) -> bool:
+    """1(a* = a): exact match of canonical answers; an answer that cannot be read is wrong."""
+    mine, gold = canonical(answer, example["choices"]), canonical(example["answer"], example["choices"])
+    return mine is not None and mine == gold
+
+
+# ---------------------------------------------------------------- models and prompts
+
+@dataclass
+class Policy:
+    """A model with its processor; a PRM is one as well, read at the two tokens in `marks`."""
+
+    model: torch.nn.Module
+    processor: object
+    eos_ids: list[int]
+    pad_id: int
+    banned: list[int] = field(default_factory=list)  # image placeholders: in a response they would ask for one more image
+    marks: tuple[int, int] | None = None
+
+    @property
+    def tokenizer(self):
+        """The tokenizer inside the processor."""
+        return self.processor.tokenizer
+
+
+def load_policy(path, args) -> Policy:
+    """Load a Hugging Face image-text-to-text checkpoint in float32, in eval mode.
+
+    Raises InputError for a folder that is no checkpoint, or the checkpoint of a text-only model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+        if type(config) not in AutoModelForImageTextToText._model_mapping and not hasattr(config, "auto_map"):
+            raise InputError(f"{path} holds a {config.model_type} model, which takes no images; name a vision-language checkpoint")
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be loaded as a Hugging Face checkpoint: {str(error).splitlines()[0]}") from None
+    eos = model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
+    eos = eos if isinstance(eos, list) else [eos]
+    pad = processor.tokenizer.pad_token_id
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    banned = sorted({i for i in (getattr(config, name, None) for name in names) if isinstance(i, int)})
+    return Policy(model.to(args.device).eval(), processor, eos, eos[0] if pad is None else pad, banned)
+
+
+def load_prm(path, args) -> Policy:
+    """A PRM that stage 02 wrote: a policy whose prm.json names the tokens for a good and a bad step."""
+    prm = load_policy(path, args)
+    prm.marks = tuple(json.loads((Path(path) / "prm.json").read_text())["marks"])
+    return prm
+
+
+def save_model(policy: Policy, path) -> None:
+    """Save model and processor as a plain Hugging Face folder; whole or not at all."""
+    part = Path(f"{path}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    policy.model.save_pretrained(part)
+    policy.processor.save_pretrained(part)
+    if policy.marks:
+        write_json(part / "prm.json", {"marks": policy.marks})
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(part, path)
+
+
+def load_weights(policy: Policy, path) -> None:
+    """Copy the weights of a checkpoint folder into a model of the same shape."""
+    fresh = type(policy.model).from_pretrained(path, dtype=torch.float32)
+    policy.model.load_state_dict(fresh.state_dict())
+
+
+def user_text(example: dict, instruction: str) -> str:
+    r"""What the user says beside the image: question, lettered choices, instruction.
+
+    >>> user_text({"question": "How many?", "choices": ["7", "9"]}, "Think.")
+    'How many?\nChoices:\n(A) 7\n(B) 9\nThink.'
+    """
+    options = [f"({letter}) {text}" for letter, text in zip(LETTERS, example["choices"] or [])]
+    return "\n".join([example["question"], *(["Choices:", *options] if options else []), *([instruction] if instruction else [])])
+
+
+def encode_prompts(policy: Policy, examples: list[dict], args) -> dict[str, torch.Tensor]:
+    """Prompts by the processor's own chat template, left-padded: input_ids and attention_mask (B, L), and its image tensors.
+
+    Raises InputError, naming file and line, for a prompt of more than args.max_prompt_tokens tokens.
+    """
+    talks = []
+    for example in examples:
+        with Image.open(example["image"]) as image:
+            talks.append([{"role": "user", "content": [{"type": "image", "image": image.convert("RGB")},
+                                                       {"type": "text", "text": user_text(example, args.instruction)}]}])
+    batch = policy.processor.apply_chat_template(talks, tokenize=True, add_generation_prompt=True, return_dict=True,
+                                                 processor_kwargs=dict(padding=True, padding_side="left", return_tensors="pt"))
+    for example, length in zip(examples, batch["attention_mask"].sum(1).tolist()):
+        if length > args.max_prompt_tokens:
+            raise InputError(f"{example['where']}: the prompt has {length} tokens, more than --max_prompt_tokens {args.max_prompt_tokens}; "
+                             "shorten it, remove it or raise the flag")
+    return {k: v.to(policy.model.device) for k, v in batch.items()}
+
+
+def check_longest_prompts(policy: Policy, examples: list[dict], args, how_many: int = 32) -> None:
+    """Encode the prompts with the longest texts before hours are spent; raises what `encode_prompts` raises."""
+    longest = sorted(examples, key=lambda e: -len(user_text(e, args.instruction)))[:how_many]
+    encode_prompts(policy, longest, args)
+
+
+def append_tokens(batch: dict, tails: list[list[int]], pad_id: int, left: bool = False) -> dict[str, torch.Tensor]:
+    """Append token ids to every left-padded prompt; the rows stay left-padded (left=True) or become padded on both sides.
+
+    >>> batch = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.tensor([[1, 1]])}
+    >>> append_tokens(batch, [[7, 8]], 0)["input_ids"].tolist()
+    [[5, 6, 7, 8]]
+    """
+    width = max(map(len, tails))
+    fill = [[pad_id] * (width - len(t)) for t in tails]
+    ids = torch.tensor([t + f for t, f in zip(tails, fill)], dtype=torch.long).view(len(tails), width)  # (B, W)
+    seen = torch.tensor([[1] * len(t) + [0] * len(f) for t, f in zip(tails, fill)], dtype=torch.long).view(len(tails), width)
+    shape, joined = batch["input_ids"].shape, dict(batch)
+    for name, value in batch.items():
+        if value.shape == shape:  # every per-token tensor grows along: ids, mask, token types (text tokens are type 0)
+            tail = {"input_ids": ids, "attention_mask": seen}.get(name, torch.zeros_like(ids)).to(value)
+            joined[name] = torch.cat([value, tail], 1)  # (B, L + W)
+    if left:  # move the padding between tail and edge to the front of the row
+        order = joined["attention_mask"].argsort(dim=1, stable=True)  # zeros first, tokens in their order
+        joined = {k: v.gather(1, order) if v.shape == order.shape else v for k, v in joined.items()}
+    return joined
+
+
+# ---------------------------------------------------------------- generation
+
+@dataclass
+class Response:
+    """One sampled response: its token ids (closing EOS left out), their text, and whether it ended by itself."""
+
+    token_ids: list[int]
+    text: str
+    finished: bool
+
+
+def seed_of(*parts) -> int:
+    """A 48-bit seed that belongs to exactly these parts, e.g. (seed, stage, iteration, prompt id, sample).
+
+    >>> seed_of(0, "train", 1, "a7", 3) == seed_of(0, "train", 1, "a7", 3) != seed_of(0, "train", 1, "a7", 4)
+    True
+    """
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:6], "big")
+
+
+def take_rows(policy: Policy, cache, mask: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Keep, repeat or reorder the rows of a key-value cache, in place, and of its attention mask (B, L), returned."""
+    cache.batch_select_indices(index)
+    inner = policy.model.base_model
+    if getattr(inner, "rope_deltas", None) is not None:  # families with 3-D positions keep one offset per row
+        inner.rope_deltas = inner.rope_deltas[index]
+    return mask[index]
+
+
+@torch.inference_mode()
+def generate(policy: Policy, examples: list[dict], seeds: list[list[int]], temperature: float, args,
+             prefixes: list[list[int]] | None = None) -> list[list[Response]]:
+    """Sample len(seeds[i]) responses to example i, each from its own seed; greedily at temperature 0.
+
+    prefixes: token ids with which each response has already begun (a partial assistant turn); they are part of the
+    returned token_ids. Every prompt is encoded once for all its samples, and rows that have ended leave the batch, so
+    that no step is spent on them. A sample depends on its seed and its prompt, not on its neighbours.
+    """
+    out: list[list[Response]] = []
+    start = 0
+    while start < len(examples):  # as many prompts at a time as fit in args.rows responses
+        end = start + 1
+        while end < len(examples) and sum(map(len, seeds[start:end + 1])) <= args.rows:
+            end += 1
+        out += decode(policy, examples[start:end], seeds[start:end], temperature, args, prefixes and prefixes[start:end])
+        start = end
+    return out
+
+
+def decode(policy: Policy, examples, seeds, temperature: float, args, prefixes=None) -> list[list[Response]]:
+    """One batch of `generate`: prefill the prompts, repeat their caches per sample, then one token per step and row."""
+    device, n = policy.model.device, sum(map(len, seeds))
+    prefixes = prefixes or [[] for _ in examples]
+    batch = append_tokens(encode_prompts(policy, examples, args), prefixes, policy.pad_id, left=True)
+    owner = torch.tensor([i for i, s in enumerate(seeds) for _ in s], device=device)  # (n,) prompt of each row
+    uniform = torch.stack([torch.rand(args.max_new_tokens, generator=torch.Generator().manual_seed(s))
+                           for row in seeds for s in row]).to(device)  # (n, T) one draw per row and step
+    out = policy.model(**batch, use_cache=True, logits_to_keep=1)
+    cache, logits = out.past_key_values, out.logits[:, -1].float()[owner]  # (n, V)
+    mask = take_rows(policy, cache, batch["attention_mask"], owner)  # (n, L)
+    tokens = torch.full((n, args.max_new_tokens), policy.pad_id, device=device)  # (n, T)
+    length = torch.full((n,), args.max_new_tokens, device=device)  # (n,) tokens before the EOS
+    rows, ends = torch.arange(n, device=device), torch.tensor(policy.eos_ids, device=device)
+    room = [args.max_new_tokens - len(p) for p in prefixes]
+    budget = torch.tensor(room, device=device)[owner]  # (n,) a prefix counts towards the response's length
+    finished = torch.zeros(n, dtype=torch.bool, device=device)
+    alive = torch.ones(n, dtype=torch.bool, device=device)  # (b,) of the rows still in the batch
+    for t in range(max(room)):
+        logits[:, policy.banned] = -torch.inf
+        if temperature > 0:  # inverse of the cumulative distribution at the row's own draw
+            cumulative = (logits / temperature).softmax(-1).cumsum(-1)  # (b, V)
+            token = torch.searchsorted(cumulative, uniform[rows, t, None] * cumulative[:, -1:], right=True)[:, 0]
+            token = token.clamp(max=logits.shape[1] - 1)
+        else:
+            token = logits.argmax(-1)  # (b,)
+        tokens[rows, t] = token
+        ended = alive & torch.isin(token, ends)
+        full = alive & ~ended & (t + 1 >= budget[rows])
+        length[rows[ended]], finished[rows[ended]], length[rows[full]] = t, True, t + 1
+        alive = alive & ~ended & ~full
+        if not alive.any():
+            break
+        if alive.float().mean() < 0.8:  # rows that have ended leave; copying the cache costs about one step
+            keep = alive.nonzero()[:, 0]
+            rows, token, alive, mask = rows[keep], token[keep], alive[keep], take_rows(policy, cache, mask, keep)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        logits = policy.model(input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1].float()
+    answers, k = [], 0
+    for prefix, row in zip(prefixes, seeds):
+        ids = [prefix + tokens[k + j, :length[k + j]].tolist() for j in range(len(row))]
+        answers.append([Response(x, policy.tokenizer.decode(x, skip_special_tokens=True), bool(finished[k + j])) for j, x in enumerate(ids)])
+        k += len(row)
+    return answers
+
+
+# ---------------------------------------------------------------- steps and PRM scores
+
+@lru_cache(maxsize=None)
+def token_text(tokenizer, token: int) -> str:
+    """The text of one token; decoding is slow and a response has many tokens."""
+    return tokenizer.decode([token])
+
+
+def step_ends(token_ids: list[int], tokenizer) -> list[int]:
+    r"""Where each step of a response ends: exclusive indices into its token ids; the last is the response's length.
+
+    A step is a line that holds more than white space and ends with the token that holds its line break; blank lines
+    belong to the step before them. A response without a step gives an empty list.
+
+    >>> class Words:
+    ...     def decode(self, ids): return {1: "3 + 4 = 7", 2: "\n", 3: "Answer : 7"}[ids[0]]
+    >>> step_ends([1, 2, 2, 3], Words())
+    [3, 4]
+    """
+    ends, content = [], False
+    for i, token in enumerate(token_ids):
+        text = token_text(tokenizer, token)
+        if "\n" in text:
+            if content or text.split("\n")[0].strip():
+                ends.append(i + 1)
+            elif ends:
+                ends[-1] = i + 1
+            content = bool(text.rsplit("\n", 1)[1].strip())
+        else:
+            content = content or bool(text.strip())
+    if content:
+        ends.append(len(token_ids))
+    elif ends:
+        ends[-1] = len(token_ids)
+    return ends
+
+
+def step_logits(prm: Policy, hidden: torch.Tensor, ends: list[list[int]], offset: int) -> torch.Tensor:
+    """Logit of "this step is good" for every step of a batch: the ONE place where a step's score is read.
+
+    hidden: (B, L, H) last hidden states; a step that ends at `end` is read at position offset + end - 1, its own last
+    token. Good and bad are two tokens of the vocabulary (prm.marks), so a PRM stays a plain language-model checkpoint.
+    Returns (number of steps in the batch,), row by row.
+    """
+    row = torch.tensor([i for i, e in enumerate(ends) for _ in e], dtype=torch.long, device=hidden.device)
+    position = torch.tensor([offset + end - 1 for e in ends for end in e], dtype=torch.long, device=hidden.device)
+    good, bad = prm.model.get_output_embeddings().weight[list(prm.marks)].float()  # (H,) each
+    return hidden[row, position].float() @ (good - bad)  # (S,)
+
+
+@torch.inference_mode()
+def score_steps(prm: Policy, examples: list[dict], responses: list[list[list[int]]], args) -> list[list[list[float]]]:
+    """f(s_j): the PRM's score in [0, 1] of every step of responses[i][k] to example i, in one forward pass per batch.
+
+    The prompt, image included, runs once for all responses to it. A response without a step gets an empty list.
+    """
+    scores, start = [], 0
+    while start < len(examples):
+        end = start + 1
+        while end < len(examples) and sum(map(len, responses[start:end + 1])) <= args.rows:
+            end += 1
+        scores += score_batch(prm, examples[start:end], responses[start:end], args)
+        start = end
+    return scores
+
+
+def score_batch(prm: Policy, examples, responses, args) -> list[list[list[float]]]:
+    """One batch of `score_steps`."""
+    flat = [ids for row in responses for ids in row]
+    ends = [step_ends(ids, prm.tokenizer) for ids in flat]
+    if not any(ends):
+        return [[[] for _ in row] for row in responses]
+    device = prm.model.device
+    owner = torch.tensor([i for i, row in enumerate(responses) for _ in row], device=device)  # (n,)
+    batch = encode_prompts(prm, examples, args)
+    cache = prm.model.base_model(**batch, use_cache=True).past_key_values
+    mask = take_rows(prm, cache, batch["attention_mask"], owner)  # (n, L)
+    tails = append_tokens({"input_ids": mask[:, :0], "attention_mask": mask[:, :0]}, flat, prm.pad_id)
+    hidden = prm.model.base_model(input_ids=tails["input_ids"], attention_mask=torch.cat([mask, tails["attention_mask"]], 1),
+                                  past_key_values=cache, use_cache=True).last_hidden_state  # (n, W, H)
+    good = iter(step_logits(prm, hidden, ends, 0).sigmoid().tolist())
+    by_row = iter([[next(good) for _ in e] for e in ends])
+    return [[next(by_row) for _ in row] for row in responses]
+
+
+def min_step(scores: list[float]) -> float:
+    """R_p(y) = min_j f(s_j), and -1, below every score, for a response without a step (paper, section 2).
+
+    >>> min_step([0.9, 0.2, 0.7]), min_step([])
+    (0.2, -1.0)
+    """
+    return min(scores, default=-1.0)
+
+
+# ---------------------------------------------------------------- selection and metrics
+
+def top_k(rewards: list[float], k: int) -> list[int]:
+    """Indices of the k largest rewards, largest first; of equal ones the earlier sample wins.
+
+    >>> top_k([0.2, 0.9, 0.9, 0.5], 2)
+    [1, 2]
+    """
+    return sorted(range(len(rewards)), key=lambda i: (-rewards[i], i))[:k]
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k).
+
+    >>> round(pass_at_k(4, 1, 2), 6)
+    0.5
+    """
+    if not 0 < k <= n:
+        raise ValueError(f"Pass@{k} needs at least {k} samples, found {n}")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def reward_pass_at_k(rewards: list[float], correct: list[bool], k: int) -> bool:
+    """Whether one of the k samples that the reward ranks first, of all samples, is right (paper, section 5).
+
+    >>> reward_pass_at_k([0.9, 0.1, 0.8], [False, True, False], 2)
+    False
+    """
+    return any(correct[i] for i in top_k(rewards, k))
+
+
+def search_temperature(grid: list[float], objective, current: float) -> tuple[float, list[dict]]:
+    """T <- argmax of objective(T) over the grid; of equal ones the nearest to the current T, then the lower.
+
+    Returns (best temperature, the whole curve as [{"temperature", "objective"}, ...]) (paper, section 5).
+    """
+    curve = [{"temperature": t, "objective": objective(t)} for t in grid]
+    best = min(curve, key=lambda row: (-row["objective"], round(abs(row["temperature"] - current), 6), row["temperature"]))
+    return best["temperature"], curve
+
+
+def sample_rows(policy: Policy, examples: list[dict], n: int, temperature: float, purpose: str, iteration: int, args,
+                prm: Policy | None = None, right_only: bool = False) -> list[dict]:
+    """n checked samples per prompt as JSON rows, each seeded by (purpose, iteration, prompt, sample).
+
+    With a PRM also step scores and reward: R_p of every sample, or (right_only) R = 1(a = a*) x R_p, whose wrong
+    samples have reward 0 and need no scoring.
+    """
+    seeds = [[seed_of(args.seed, purpose, iteration, e["id"], k) for k in range(n)] for e in examples]
+    responses = generate(policy, examples, seeds, temperature, args)
+    rows = []
+    for i, example in enumerate(examples):
+        for k, response in enumerate(responses[i]):
+            answer = extract_answer(response.text) if response.finished else None  # a cut response has no final answer
+            rows.append({"id": example["id"], "iteration": iteration, "sample": k, "temperature": temperature, "seed": seeds[i][k],
+                         "response": response.text, "token_ids": response.token_ids, "finished": response.finished,
+                         "answer": canonical(answer, example["choices"]), "correct": is_correct(answer, example)})
+    if prm:
+        wanted = [[row for row in rows[i * n:(i + 1) * n] if row["finished"] and (row["correct"] or not right_only)] for i in range(len(examples))]
+        scores = score_steps(prm, examples, [[row["token_ids"] for row in group] for group in wanted], args)
+        for row in rows:  # a cut response is below every score; a wrong one has R = 0
+            row |= {"step_scores": [], "reward": 0.0 if right_only else -1.0}
+        for row, steps in zip(sum(wanted, []), sum(scores, [])):
+            row |= {"step_scores": [round(f, 6) for f in steps], "reward": round(min_step(steps), 6)}
+    return rows
+
+
+def distinct(rows: list[dict]) -> list[dict]:
+    """Identical responses to one prompt once, the first of them, in file order.
+
+    >>> [row["n"] for row in distinct([{"id": p, "token_ids": t, "n": n} for n, (p, t) in enumerate((("a", [1]), ("a", [1]), ("b", [1]), ("a", [2])))])]
+    [0, 2, 3]
+    """
+    first: dict = {}
+    for row in rows:
+        first.setdefault((row["id"], tuple(row["token_ids"])), row)
+    return list(first.values())
+
+
+def grouped(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows by prompt id, in file order."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["id"], []).append(row)
+    return groups
+
+
+# ---------------------------------------------------------------- training
+
+def sft_loss(policy: Policy, examples: list[dict], targets: list[list[int]], args) -> tuple[torch.Tensor, int]:
+    """Summed cross-entropy of the responses and their closing EOS, nothing else; and the number of those tokens.
+
+    targets: response token ids without EOS, one list per example.
+    """
+    prompts = encode_prompts(policy, examples, args)
+    tails = [ids + [policy.eos_ids[0]] for ids in targets]
+    batch, width = append_tokens(prompts, tails, policy.pad_id), prompts["input_ids"].shape[1]
+    hidden = policy.model.base_model(**batch, use_cache=False).last_hidden_state  # (B, L + W, H)
+    chosen = batch["attention_mask"][:, width:].bool()  # (B, W) by position, so an EOS that is also the pad counts
+    logits = policy.model.get_output_embeddings()(hidden[:, width - 1:-1][chosen])  # (N, V) each position predicts the next
+    return F.cross_entropy(logits.float(), batch["input_ids"][:, width:][chosen], reduction="sum"), int(chosen.sum())
+
+
+def epoch_batches(n: int, size: int, steps: int, *key) -> list[list[int]]:
+    """`steps` batches of indices below n: epoch after epoch, each in its own order, the short last batch kept.
+
+    >>> [sorted(b) for b in epoch_batches(3, 4, 2, 0)]
+    [[0, 1, 2], [0, 1, 2]]
+    """
+    batches, epoch = [], 0
+    while len(batches) < steps:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(*key, epoch))).tolist()
+        batches += [order[a:a + size] for a in range(0, n, size)]
+        epoch += 1
+    return batches[:steps]
+
+
+def make_optimizer(policy: Policy) -> torch.optim.AdamW:
+    """AdamW over every weight of the model; its rate is set before every step by `fit`."""
+    return torch.optim.AdamW(policy.model.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
+
+
+def learning_rate(step: int, peak: float, warmup: int) -> float:
+    """Rate of the step-th optimizer step (from 0): linear warm-up over `warmup` steps, then constant (paper, appendix).
+
+    >>> [learning_rate(s, 1.0, 4) for s in (0, 3, 9)]
+    [0.25, 1.0, 1.0]
+    """
+    return peak * min(1.0, (step + 1) / max(warmup, 1))
+
+
+def fit(policy: Policy, optimizer, batches: list, loss_of, args, label: str, state: dict | None = None, save=None) -> dict:
+    """Train on `batches` and return the updated state {"step", "batch", "tokens", "loss"}.
+
+    loss_of(batch) -> (summed loss, count); the gradient is that of the mean over the batch's true count. state["step"]
+    counts optimizer steps over the whole run, so that the rate continues where it was; state["batch"] counts those of
+    this call that are done, so that a restart skips exactly them. save(state) is called every args.save_every steps.
+    Raises InputError if the loss is not finite.
+    """
+    state = state or {"step": 0, "batch": 0, "tokens": 0, "loss": 0.0}
+    policy.model.train()
+    if args.device == "cpu":
+        policy.model.set_attn_implementation("eager")  # measured: the masked backward pass of SDPA is slower on a CPU
+    for batch in tqdm(batches[state["batch"]:], desc=label, initial=state["batch"], total=len(batches)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(state["step"], args.learning_rate, args.warmup_steps)
+        loss, count = 0.0, 0
+        for a in range(0, len(batch), args.micro_batch):
+            part, tokens = loss_of(batch[a:a + args.micro_batch])
+            part.backward()
+            loss, count = loss + part.item(), count + tokens
+        if not math.isfinite(loss):
+            raise InputError(f"{label}: the loss is {loss} at step {state['step']}; lower --learning_rate or look at the data of this step")
+        for p in policy.model.parameters():
+            if p.grad is not None:
+                p.grad /= max(count, 1)  # the mean over the tokens of the whole batch, however it was cut
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        state = {**state, "step": state["step"] + 1, "batch": state["batch"] + 1, "tokens": state["tokens"] + count,
+                 "loss": state["loss"] + loss / max(count, 1)}
+        if save and state["batch"] % args.save_every == 0:
+            save(state)
+    policy.model.set_attn_implementation("sdpa")
+    policy.model.eval()
+    return state
