@@ -1,0 +1,305 @@
+"""Generation, losses, PRM positions and checkpoints on tiny models: exact ids, exact positions, to the bit where promised."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import toy
+from conftest import stage
+
+
+def seeds(examples, n, *key):
+    return [[common.seed_of(0, *key, e["id"], k) for k in range(n)] for e in examples]
+
+
+def ids_of(responses):
+    return [[r.token_ids for r in row] for row in responses]
+
+
+# ---- generation
+
+def test_greedy_generation_agrees_with_transformers_token_for_token(policy, examples, args):
+    batch = common.encode_prompts(policy, examples[:6], args)
+    wanted = policy.model.generate(**batch, max_new_tokens=12, do_sample=False, bad_words_ids=[[i] for i in policy.banned])[:, batch["input_ids"].shape[1]:]
+    for (mine,), theirs in zip(common.generate(policy, examples[:6], [[0]] * 6, 0.0, args), wanted.tolist()):
+        theirs = theirs[:theirs.index(policy.eos_ids[0])] if policy.eos_ids[0] in theirs else theirs
+        assert mine.token_ids == theirs and mine.finished == (len(theirs) < 12)
+
+
+def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(policy, examples, args):
+    together = ids_of(common.generate(policy, examples[:5], seeds(examples[:5], 4, "x"), 1.0, args))
+    backwards = ids_of(common.generate(policy, examples[4::-1], seeds(examples[4::-1], 4, "x"), 1.0, args))[::-1]
+    args.rows = 4
+    alone = ids_of(common.generate(policy, examples[:5], seeds(examples[:5], 4, "x"), 1.0, args))
+    assert together == backwards == alone
+    assert together != ids_of(common.generate(policy, examples[:5], seeds(examples[:5], 4, "y"), 1.0, args))
+
+
+def test_samples_follow_the_softmax_at_the_temperature(policy, examples, args):
+    args.max_new_tokens, args.rows, n = 1, 4000, 4000
+    (row,) = common.generate(policy, examples[:1], seeds(examples[:1], n, "freq"), 0.7, args)
+    logits = policy.model(**common.encode_prompts(policy, examples[:1], args)).logits[0, -1]
+    logits[policy.banned] = -torch.inf
+    wanted = (logits / 0.7).softmax(-1)
+    first = torch.tensor([r.token_ids[0] if r.token_ids else policy.eos_ids[0] for r in row])
+    counts = torch.bincount(first, minlength=len(wanted)) / n
+    assert (counts - wanted).abs().max() < 4 * (0.25 / n) ** 0.5  # four standard errors of the widest share
+
+
+def test_rollouts_start_at_the_exact_step_boundary(policy, examples, args):
+    """The first new token of a rollout follows the distribution after exactly prompt + prefix."""
+    prefix = policy.tokenizer("sum of row 1 : 1 2 3\n")["input_ids"]
+    args.max_new_tokens = len(prefix) + 1
+    (row,) = common.generate(policy, examples[:1], [[0]], 0.0, args, prefixes=[prefix])
+    batch = common.encode_prompts(policy, examples[:1], args)
+    batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([prefix])], 1)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    logits = policy.model(**batch).logits[0, -1]
+    logits[policy.banned] = -torch.inf
+    assert row[0].token_ids[:len(prefix)] == prefix and row[0].token_ids[len(prefix):] == [int(logits.argmax())]
+
+
+def test_prefixes_of_different_lengths_share_a_batch(policy, examples, args):
+    prefixes = [policy.tokenizer(text)["input_ids"] for text in ("sum of", "", "maximum of row 2 : 1 2")]
+    together = ids_of(common.generate(policy, examples[:3], seeds(examples[:3], 2, "p"), 1.0, args, prefixes))
+    for example, prefix, got in zip(examples, prefixes, together):
+        assert ids_of(common.generate(policy, [example], seeds([example], 2, "p"), 1.0, args, [prefix])) == [got]
+
+
+def test_image_placeholders_are_never_sampled(policy, examples, args):
+    policy.model.get_output_embeddings().weight.data[policy.banned[0]] *= 50
+    rows = common.generate(policy, examples[:4], seeds(examples[:4], 4, "b"), 2.0, args)
+    assert not any(policy.banned[0] in r.token_ids for row in rows for r in row)
+
+
+def test_a_response_that_did_not_end_is_wrong(policy, examples, args, monkeypatch):
+    answer = policy.tokenizer(f"Answer : {examples[0]['answer']}")["input_ids"]
+    for finished in (True, False):
+        response = common.Response(answer, policy.tokenizer.decode(answer), finished)
+        monkeypatch.setattr(common, "generate", lambda *a, **k: [[response]])
+        (row,) = common.sample_rows(policy, examples[:1], 1, 1.0, "t", 0, args)
+        assert row["correct"] is finished and (row["answer"] is None) is not finished
+
+
+def test_an_over_long_prompt_is_refused_with_file_and_line(policy, examples, args):
+    args.max_prompt_tokens = 20
+    with pytest.raises(common.InputError, match=r"train.jsonl line \d+: the prompt has \d+ tokens, more than --max_prompt_tokens 20"):
+        common.check_longest_prompts(policy, examples, args)
+
+
+# ---- SFT
+
+def test_loss_falls_on_the_response_and_its_closing_eos_only(policy, examples, args):
+    """Against cross-entropy computed one unpadded sequence at a time."""
+    texts = ["Answer : 3", "sum of row 1 : 1 2 3 = 6\nAnswer : 6"]
+    targets, wanted, count = [policy.tokenizer(t)["input_ids"] for t in texts], 0.0, 0
+    for example, ids in zip(examples, targets):
+        batch = common.encode_prompts(policy, [example], args)
+        start, ids = batch["input_ids"].shape[1], ids + [policy.tokenizer.eos_token_id]
+        batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([ids])], 1)
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        logits = policy.model(**batch).logits[0, start - 1:-1]
+        wanted, count = wanted + F.cross_entropy(logits, torch.tensor(ids), reduction="sum").item(), count + len(ids)
+    loss, tokens = common.sft_loss(policy, examples[:2], targets, args)
+    assert tokens == count == 3 + 1 + len(targets[1]) + 1 and loss.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_an_eos_that_is_also_the_pad_token_is_still_learned(policy, examples, args):
+    before = common.sft_loss(policy, examples[:2], [[9], [9, 9, 9]], args)
+    policy.pad_id = policy.eos_ids[0]
+    after = common.sft_loss(policy, examples[:2], [[9], [9, 9, 9]], args)
+    assert after[1] == before[1] == 6 and after[0].item() == pytest.approx(before[0].item(), rel=1e-5)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(policy, examples, args):
+    rows = [(e, [5 + i] * (i + 1)) for i, e in enumerate(examples[:4])]
+    weights = []
+    for size in (4, 1):
+        args.micro_batch, mine = size, copy.deepcopy(policy)
+        optimizer = torch.optim.SGD(mine.model.parameters(), lr=0.0)
+        common.fit(mine, optimizer, [rows], lambda part: common.sft_loss(mine, [e for e, _ in part], [t for _, t in part], args), args, "t")
+        weights.append(torch.cat([p.detach().flatten() for p in mine.model.parameters()]))
+    assert torch.allclose(*weights, atol=1e-6) and not torch.allclose(weights[0], torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(policy, args):
+    with pytest.raises(common.InputError, match="the loss is nan at step 0; lower --learning_rate"):
+        common.fit(policy, common.make_optimizer(policy), [[0]], lambda b: (torch.tensor(float("nan"), requires_grad=True), 1), args, "t")
+
+
+# ---- the one optimisation
+
+def train(policy, optimizer, examples, args, state=None, batches=range(6), stop=None, folder=None):
+    """Six deterministic SFT steps in two 'iterations' of three; optionally saved after every step."""
+    def loss_of(batch):
+        return common.sft_loss(policy, [examples[i] for i in batch], [[5 + i, 6] for i in batch], args)
+    args.save_every = 1
+    save = (lambda s: common.save_checkpoint(folder, policy, optimizer, s)) if folder else None
+    return common.fit(policy, optimizer, [[i, i + 1] for i in batches][:stop], loss_of, args, "t", state, save)
+
+
+def snapshot(policy, optimizer):
+    names = {p: n for n, p in policy.model.named_parameters()}
+    return {**{n: p.detach().clone() for n, p in policy.model.named_parameters()},
+            **{f"{names[p]}.{k}": v.clone() for p, s in optimizer.state.items() for k, v in s.items()}}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_moments_and_rate_are_continuous_across_an_iteration_boundary_and_a_restart(tiny, examples, args, tmp_path):
+    """Six steps in one go, in two iterations, and with a restart from disk in the middle: equal to the bit."""
+    policy = common.load_policy(tiny, args)
+    optimizer = common.make_optimizer(policy)
+    state = train(policy, optimizer, examples, args)
+    unbroken, rate = snapshot(policy, optimizer), optimizer.param_groups[0]["lr"]
+
+    policy = common.load_policy(tiny, args)
+    optimizer = common.make_optimizer(policy)
+    first = train(policy, optimizer, examples, args, batches=range(3), folder=tmp_path)
+    boundary = snapshot(policy, optimizer)
+    second = train(policy, optimizer, examples, args, {**first, "batch": 0}, batches=range(3, 6))
+    assert same(snapshot(policy, optimizer), unbroken) and optimizer.param_groups[0]["lr"] == rate and second["step"] == state["step"] == 6
+
+    policy = common.load_policy(tiny, args)
+    optimizer = common.make_optimizer(policy)
+    restored = common.load_checkpoint(tmp_path, policy, optimizer)
+    assert same(snapshot(policy, optimizer), boundary) and restored == first
+    train(policy, optimizer, examples, args, {**restored, "batch": 0}, batches=range(3, 6))
+    assert same(snapshot(policy, optimizer), unbroken)
+
+
+def test_a_restart_inside_an_iteration_skips_exactly_what_was_done(tiny, examples, args, tmp_path):
+    policy = common.load_policy(tiny, args)
+    optimizer = common.make_optimizer(policy)
+    train(policy, optimizer, examples, args)
+    unbroken = snapshot(policy, optimizer)
+    policy = common.load_policy(tiny, args)
+    train(policy, common.make_optimizer(policy), examples, args, stop=4, folder=tmp_path)
+    policy = common.load_policy(tiny, args)
+    optimizer = common.make_optimizer(policy)
+    train(policy, optimizer, examples, args, common.load_checkpoint(tmp_path, policy, optimizer))
+    assert same(snapshot(policy, optimizer), unbroken)
+
+
+def test_a_checkpoint_is_safetensors_and_json_and_a_half_written_one_does_not_count(tiny, examples, args, tmp_path):
+    policy = common.load_policy(tiny, args)
+    optimizer = common.make_optimizer(policy)
+    train(policy, optimizer, examples, args, stop=2, folder=tmp_path)
+    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} <= {".safetensors", ".json", ".jinja"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["state.json", "step_000002"]
+    shutil.copytree(tmp_path / "step_000002", tmp_path / "step_000003")
+    (tmp_path / "step_000003/optimizer.safetensors").write_bytes(b"half")
+    assert common.load_checkpoint(tmp_path, policy, optimizer)["step"] == 2
+
+
+# ---- the PRM
+
+def hand_made(policy):
+    """A PRM whose score at a position is known from the token there: +1 x the token's id as a logit."""
+    vocabulary, width = policy.model.get_output_embeddings().weight.shape
+    hidden = torch.zeros(width)
+    policy.marks = (0, 1)
+    weight = torch.zeros(vocabulary, width)
+    weight[0, 0] = 1.0  # logit(good) - logit(bad) = hidden[0]
+    policy.model.get_output_embeddings().weight = torch.nn.Parameter(weight)
+    return policy
+
+
+def test_a_step_is_read_at_its_own_last_token(policy):
+    prm = hand_made(policy)
+    hidden = torch.zeros(2, 9, prm.model.config.text_config.hidden_size)
+    hidden[:, :, 0] = torch.arange(9.0)  # the score of a position is its index
+    hidden[1, :, 0] += 100
+    got = common.step_logits(prm, hidden, [[2, 5], [3]], offset=3)  # responses begin at position 3
+    assert got.tolist() == [3 + 2 - 1, 3 + 5 - 1, 100 + 3 + 3 - 1]
+
+
+def responses_for(policy, texts):
+    return [policy.tokenizer(text)["input_ids"] for text in texts]
+
+
+TEXTS = ["sum of row 1 : 1 2 3\n1 + 2 + 3 = 6\nAnswer : 6", "Answer : 3", "maximum of row 2 : 1 5 2\n\nmaximum = 5\nAnswer : 5\n", "\n"]
+
+
+def test_scores_do_not_depend_on_batch_or_padding_and_training_reads_the_same_logits(policy, examples, args):
+    policy.marks = (policy.tokenizer.convert_tokens_to_ids("+"), policy.tokenizer.convert_tokens_to_ids("-"))
+    ids = responses_for(policy, TEXTS)
+    together = common.score_steps(policy, examples[:2], [ids, ids[::-1]], args)
+    assert [len(s) for s in together[0]] == [3, 1, 3, 0]
+    for example, row, responses in zip(examples, together, (ids, ids[::-1])):
+        for mine, response in zip(row, responses):
+            (alone,), = common.score_steps(policy, [example], [[response]], args)
+            assert mine == pytest.approx(alone, abs=1e-5)
+            if not mine:
+                continue
+            batch = common.encode_prompts(policy, [example], args)  # the reference: one plain forward pass, full logits
+            start = batch["input_ids"].shape[1]
+            batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([response])], 1)
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            logits = policy.model(**batch).logits[0]
+            at = [start + e - 1 for e in common.step_ends(response, policy.tokenizer)]
+            assert mine == pytest.approx((logits[at, policy.marks[0]] - logits[at, policy.marks[1]]).sigmoid().tolist(), abs=1e-5)
+
+
+def test_prm_loss_is_cross_entropy_at_the_scored_positions_and_zero_without_labels(policy, examples, args):
+    policy.marks = (policy.tokenizer.convert_tokens_to_ids("+"), policy.tokenizer.convert_tokens_to_ids("-"))
+    prm, ids = stage("02_train_prm"), responses_for(policy, TEXTS[:2])
+    policy.model.get_output_embeddings().weight.data *= 0.05  # scores away from 0 and 1, where a logarithm is exact enough
+    ends = [common.step_ends(i, policy.tokenizer) for i in ids]
+    steps = [[{"end": e, "soft": s} for e, s in zip(row, labels)] for row, labels in zip(ends, ([0.25, 0.5, 1.0], [0.0]))]
+    loss, count = prm.prm_loss(policy, examples[:2], ids, steps, "soft", args)
+    scores = [f for (row,) in common.score_steps(policy, examples[:2], [[i] for i in ids], args) for f in row]
+    wanted = -sum(y * torch.log(torch.tensor(f)) + (1 - y) * torch.log(torch.tensor(1 - f)) for y, f in zip((0.25, 0.5, 1.0, 0.0), scores))
+    assert count == 4 and loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+    loss, count = prm.prm_loss(policy, examples[:2], ids, [[], []], "soft", args)
+    assert count == 0 and loss.item() == 0.0
+
+
+def test_a_cut_response_ranks_below_every_scored_one(policy, examples, args, monkeypatch):
+    policy.marks = (policy.tokenizer.convert_tokens_to_ids("+"), policy.tokenizer.convert_tokens_to_ids("-"))
+    ids = responses_for(policy, TEXTS[:2])
+    made = [common.Response(ids[0], TEXTS[0], False), common.Response(ids[1], TEXTS[1], True)]
+    monkeypatch.setattr(common, "generate", lambda *a, **k: [made])
+    cut, whole = common.sample_rows(policy, examples[:1], 2, 1.0, "t", 0, args, policy)
+    assert cut["reward"] == -1.0 and cut["step_scores"] == [] and 0 <= whole["reward"] <= 1
+    right_only = common.sample_rows(policy, [{**examples[0], "answer": "3", "choices": None}], 2, 1.0, "t", 0, args, policy, True)
+    assert [r["reward"] > 0 for r in right_only] == [False, True]
+
+
+def test_marks_that_are_not_one_token_are_refused(policy):
+    with pytest.raises(common.InputError, match="must each be one token"):
+        stage("02_train_prm").mark_ids(policy.tokenizer, "+", "bad step")
+
+
+# ---- checkpoints
+
+def test_a_text_only_checkpoint_is_refused(tmp_path, args):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    LlamaForCausalLM(LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path)
+    with pytest.raises(common.InputError, match="holds a llama model, which takes no images"):
+        common.load_policy(tmp_path, args)
+
+
+def test_a_broken_checkpoint_is_refused(tiny, tmp_path, args):
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    for path in (broken, tmp_path / "empty"):
+        with pytest.raises(common.InputError, match="cannot be loaded as a Hugging Face checkpoint"):
+            common.load_policy(path, args)
+
+
+def test_saved_policies_and_prms_are_plain_hugging_face_folders(policy, args, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    policy.marks = (3, 4)
+    common.save_model(policy, tmp_path / "m")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "m")
+    assert AutoProcessor.from_pretrained(tmp_path / "m").chat_template == policy.processor.chat_template
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), policy.model.state_dict().values()))
+    assert common.load_prm(tmp_path / "m", args).marks == (3, 4)
