@@ -50,7 +50,7 @@ class Args(CommonArgs):
     val_samples: int = flag(8, "responses per val prompt")
     good: str = flag("+", "token whose logit says that a step is good")
     bad: str = flag("-", "token whose logit says that a step is bad")
-    epochs: int = flag(4, "passes over the labelled responses")
+    epochs: int = flag(3, "passes over the labelled responses")
     batch_size: int = flag(32, "responses per optimizer step")
     learning_rate: float = flag(2e-4, "peak learning rate")
     warmup_steps: int = flag(20, "steps of linear warm-up, then the rate is constant")

@@ -49,7 +49,7 @@ class Args(CommonArgs):
     search_grid: list[float] = flag([round(0.3 + 0.1 * i, 1) for i in range(14)], "temperatures that a search tries")
     steps: int = flag(500, "optimizer steps over all iterations")
     batch_size: int = flag(16, "responses per optimizer step")
-    learning_rate: float = flag(4e-5, "peak learning rate")
+    learning_rate: float = flag(7e-5, "peak learning rate")
     warmup_steps: int = flag(20, "steps of linear warm-up, once; then the rate is constant")
 
 

@@ -123,7 +123,7 @@ def main(args: Args) -> None:
     runs = Path(args.runs)
     paths = {"base": Path(args.model), "warm-up": runs / "01_warmup" / "model", "M-STaR": runs / "03_self_evolve" / "model"}
     reward_model, metrics = runs / "02_train_prm" / "model", runs / "03_self_evolve" / "metrics.jsonl"
-    out = open_run(args, "04_eval", {"test": args.test, "ood": args.ood, **paths, "prm": reward_model, "metrics": metrics})
+    out = open_run(args, "04_eval", {"test": args.test, "ood": args.ood, **paths, "prm": reward_model})
     if (out / "report.json").exists():
         return print((out / "report.md").read_text())
     splits = {"test": load_examples(args.test), "ood": load_examples(args.ood)}

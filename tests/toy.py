@@ -1,7 +1,7 @@
 """The toy world: real handwriting, questions of several steps, and a tiny vision-language model that is poor at them.
 
-    python tests/toy.py                      # writes data/toy (about 10 seconds)
-    python tests/toy.py --pretrain           # makes tests/toy_base.safetensors again (about 18 minutes on 2 cores)
+    python tests/toy.py                      # writes data/toy (about 5 seconds)
+    python tests/toy.py --pretrain           # makes tests/toy_base.safetensors again (about 9 minutes on 2 cores)
 
 Reads   scikit-learn's `load_digits` (1,797 real handwritten digits, 8x8) and tests/toy_base.safetensors.
 Writes  data/toy/{train,unlabeled,val,test,ood}.jsonl, data/toy/images/*.png and data/toy/base/, a plain Hugging Face
@@ -14,8 +14,8 @@ An image is a 3x3 grid of digits, 24x24 pixels. A question combines two of its r
 The handwriting is split four ways: `pretrain` (what the base model has seen), `train` (labelled and unlabelled
 prompts), `val`, and `held` (test and ood), so every accuracy on val, test and ood is on digits nobody trained on.
 In-domain questions use sums and maxima. Out-of-domain ones use a minimum: the base model has met a few, neither
-warm-up nor self-evolving ever trains on one. Half of the questions are multiple choice, so a wrong chain has a fair
-chance of a right answer, as in the paper's data, and that is what the PRM has to see through.
+warm-up nor self-evolving ever trains on one. Pre-training also shows multiple choice, but so small a model does not
+learn to look its value up among the choices, so the splits ask for numbers only.
 
 One question allows many right chains: either line first, a sum in one step or in two or read off at once, and lines
 read that nobody asked for. `check_chain` judges any of them, step by step, against the true grid.
@@ -47,7 +47,7 @@ IN_DOMAIN = (("sum", "plus", "sum"), ("sum", "minus", "sum"), ("sum", "plus", "m
              ("maximum", "plus", "sum"), ("maximum", "minus", "sum"))
 OUT_OF_DOMAIN = (("sum", "plus", "minimum"), ("sum", "minus", "minimum"), ("minimum", "plus", "sum"),
                  ("minimum", "minus", "sum"), ("maximum", "minus", "minimum"), ("minimum", "plus", "maximum"))
-PHASES = ((True, 250, 1e-3), (False, 900, 1.5e-3), (False, 500, 1e-3), (False, 600, 1e-3))  # of pre-training: (reading only?, steps, peak rate)
+PHASES = ((True, 250, 1e-3), (False, 900, 1.5e-3))  # of pre-training: (reading only?, steps, peak rate)
 OPS = {"sum": sum, "maximum": max, "minimum": min}
 LETTERS = "ABCD"
 INSTRUCTION = "Think step by step , then end with Answer :"  # what a person would ask for; 01-04 have it as a flag
@@ -341,7 +341,7 @@ def write_split(out: Path, name: str, pool, count: int, families, seed: int) -> 
     rng, rows = np.random.default_rng([seed, *name.encode()]), []
     for i in range(count):
         pixels, grid = draw_grid(pool, rng)
-        question = draw_question(families, grid, rng)
+        question = draw_question(families, grid, rng, choice_share=0.0)
         image = f"images/{name}_{i:05d}.png"
         Image.fromarray(pixels).save(out / image)
         rows.append({"id": f"{name}-{i:05d}", "image": image, "source": "toy-ood" if name == "ood" else "toy", **question, "grid": grid})
@@ -379,7 +379,7 @@ def main() -> None:
     parser.add_argument("--out", default="data/toy")
     parser.add_argument("--scale", type=float, default=1.0, help="shrinks every split, for a quick look")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pretrain", action="store_true", help="train the base model from scratch and replace tests/toy_base.safetensors (about 18 minutes)")
+    parser.add_argument("--pretrain", action="store_true", help="train the base model from scratch and replace tests/toy_base.safetensors (about 9 minutes)")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--composed", type=float, default=0.65, help="share of questions over two lines")
     parser.add_argument("--ood", type=float, default=0.3, help="share of those from the out-of-domain families")
