@@ -14,7 +14,7 @@ at the step's last token, so the PRM has no extra head and any engine can serve 
 
 Departures from the paper:
 1. Prompts whose samples are all right or all wrong get no rollouts: their steps say little about which step went wrong.
-2. About 15 K labelled steps here, 50 K items there.
+2. About 5 K labelled steps here, 50 K items there.
 
     python 02_train_prm.py
 """
