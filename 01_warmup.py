@@ -32,7 +32,7 @@ class Args(CommonArgs):
     samples: int = flag(4, "responses sampled per prompt")
     keep: int = flag(2, "right responses kept per prompt, at most")
     temperature: float = flag(1.0, "sampling temperature")
-    steps: int = flag(150, "optimizer steps")
+    steps: int = flag(250, "optimizer steps")
     batch_size: int = flag(16, "responses per optimizer step")
     learning_rate: float = flag(1e-4, "peak learning rate")
     warmup_steps: int = flag(20, "steps of linear warm-up, then the rate is constant")
