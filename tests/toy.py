@@ -1,6 +1,6 @@
 """The toy world: real handwriting, questions of several steps, and a tiny vision-language model that is poor at them.
 
-    python tests/toy.py                      # writes data/toy (about 5 seconds)
+    python tests/toy.py                      # writes data/toy (about 15 seconds)
     python tests/toy.py --pretrain           # makes tests/toy_base.safetensors again (about 9 minutes on 2 cores)
 
 Reads   scikit-learn's `load_digits` (1,797 real handwritten digits, 8x8) and tests/toy_base.safetensors.
