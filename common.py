@@ -515,6 +515,22 @@ def take_rows(policy: Policy, cache, mask: torch.Tensor, index: torch.Tensor) ->
     return mask[index]
 
 
+def slices_of_rows(groups: list[list], rows: int) -> list[slice]:
+    """Cut prompts into consecutive slices of at most `rows` responses each; a prompt is never split.
+
+    >>> slices_of_rows([[1, 2], [3], [4, 5, 6, 7], [8]], 3)
+    [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None)]
+    """
+    slices, start = [], 0
+    while start < len(groups):
+        end = start + 1
+        while end < len(groups) and sum(map(len, groups[start:end + 1])) <= rows:
+            end += 1
+        slices.append(slice(start, end))
+        start = end
+    return slices
+
+
 @torch.inference_mode()
 def generate(policy: Policy, examples: list[dict], seeds: list[list[int]], temperature: float, args,
              prefixes: list[list[int]] | None = None) -> list[list[Response]]:
@@ -525,13 +541,8 @@ def generate(policy: Policy, examples: list[dict], seeds: list[list[int]], tempe
     that no step is spent on them. A sample depends on its seed and its prompt, not on its neighbours.
     """
     out: list[list[Response]] = []
-    start = 0
-    while start < len(examples):  # as many prompts at a time as fit in args.rows responses
-        end = start + 1
-        while end < len(examples) and sum(map(len, seeds[start:end + 1])) <= args.rows:
-            end += 1
-        out += decode(policy, examples[start:end], seeds[start:end], temperature, args, prefixes and prefixes[start:end])
-        start = end
+    for part in slices_of_rows(seeds, args.rows):
+        out += decode(policy, examples[part], seeds[part], temperature, args, prefixes and prefixes[part])
     return out
 
 
@@ -637,13 +648,9 @@ def score_steps(prm: Policy, examples: list[dict], responses: list[list[list[int
 
     The prompt, image included, runs once for all responses to it. A response without a step gets an empty list.
     """
-    scores, start = [], 0
-    while start < len(examples):
-        end = start + 1
-        while end < len(examples) and sum(map(len, responses[start:end + 1])) <= args.rows:
-            end += 1
-        scores += score_batch(prm, examples[start:end], responses[start:end], args)
-        start = end
+    scores: list[list[list[float]]] = []
+    for part in slices_of_rows(responses, args.rows):
+        scores += score_batch(prm, examples[part], responses[part], args)
     return scores
 
 
