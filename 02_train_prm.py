@@ -14,58 +14,51 @@ at the step's last token, so the PRM has no extra head and any engine can serve 
 
 Departures from the paper:
 1. Prompts whose samples are all right or all wrong get no rollouts: their steps say little about which step went wrong.
-2. About 5 K labelled steps here, 50 K items there.
+2. Rollouts are drawn at --rollout_temperature 0.5 (the paper names none): at 1.0 a sound step often fails by a later slip.
+3. About 10 K labelled steps here, 50 K items there.
 
     python 02_train_prm.py
 """
 
-import importlib.util
 import json
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
-from common import (CommonArgs, InputError, append_chunks, append_tokens, canonical, check_longest_prompts, distinct, encode_prompts,
-                    epoch_batches, extract_answer, fit, flag, generate, grouped, is_correct, load_checkpoint, load_examples, load_policy, make_optimizer,
+from common import (InputError, ScoringArgs, append_chunks, append_tokens, canonical, check_longest_prompts, distinct, encode_prompts,
+                    epoch_batches, extract_answer, fit, flag, generate, grouped, is_correct, load_checker, load_checkpoint, load_examples, load_policy, make_optimizer,
                     open_run, print_table, run_stage, sample_rows, save_checkpoint, save_model, score_steps, seed_of, step_ends, step_logits, write_json, write_jsonl)
 
 
 @dataclass
-class Args(CommonArgs):
+class Args(ScoringArgs):
     """Flags of stage 02."""
 
     data: str = flag("data/toy/train.jsonl", "labelled prompts, JSONL")
+    policy: str = flag("", "policy whose steps are judged, and from which the PRM starts; empty: the warm-up policy of --runs")
     val: str = flag("data/toy/val.jsonl", "prompts on which the PRM is judged, never trained on")
-    prompts: int = flag(500, "labelled prompts to sample from, the first of the file")
+    prompts: int = flag(1000, "labelled prompts to sample from, the first of the file")
     samples: int = flag(4, "responses sampled per prompt")
-    rollouts: int = flag(8, "completions from every step prefix")
-    temperature: float = flag(1.0, "sampling temperature of responses and rollouts")
-    labels: str = flag("soft", "train on soft labels (share of right completions) or hard ones (any right)")
+    rollouts: int = flag(4, "completions from every step prefix")
+    temperature: float = flag(1.0, "sampling temperature of the responses")
+    rollout_temperature: float = flag(0.5, "sampling temperature of the rollouts: lower asks whether a careful policy gets there from here")
+    labels: Literal["soft", "hard"] = flag("soft", "train on soft labels (share of right completions) or hard ones (any right)")
     held_out: float = flag(0.15, "share of the prompts whose step labels only measure")
     val_samples: int = flag(8, "responses per val prompt")
     good: str = flag("+", "token whose logit says that a step is good")
     bad: str = flag("-", "token whose logit says that a step is bad")
-    epochs: int = flag(3, "passes over the labelled responses")
+    epochs: int = flag(2, "passes over the labelled responses")
     batch_size: int = flag(32, "responses per optimizer step")
-    learning_rate: float = flag(2e-4, "peak learning rate")
+    learning_rate: float = flag(5e-4, "peak learning rate")
     warmup_steps: int = flag(20, "steps of linear warm-up, then the rate is constant")
     chain_checker: str = flag("tests/toy.py:judge", "FILE:FUNCTION(response, example) that knows whether a chain is right, or None; "
                                                     "only reports use it")
-
-
-def load_checker(spec: str):
-    """The function that a FILE:FUNCTION names."""
-    path, name = spec.rsplit(":", 1)
-    if not Path(path).is_file():
-        raise InputError(f"--chain_checker names {path}, which does not exist")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("chain_checker", path))
-    module.__spec__.loader.exec_module(module)
-    return getattr(module, name)
 
 
 def mark_ids(tokenizer, *marks: str) -> tuple[int, ...]:
@@ -97,12 +90,12 @@ def rollout_rows(policy, items: list[dict], by_id: dict, args: Args) -> list[dic
     """args.rollouts checked completions of every prefix, as JSON rows."""
     examples = [by_id[item["id"]] for item in items]
     seeds = [[seed_of(args.seed, "rollout", item["id"], item["prefix"], k) for k in range(args.rollouts)] for item in items]
-    responses = generate(policy, examples, seeds, args.temperature, args, prefixes=[item["prefix"] for item in items])
+    responses = generate(policy, examples, seeds, args.rollout_temperature, args, prefixes=[item["prefix"] for item in items])
     rows = []
     for item, example, row_seeds, row in zip(items, examples, seeds, responses):
         for k, response in enumerate(row):
             answer = extract_answer(response.text) if response.finished else None
-            rows.append({"id": item["id"], "iteration": 0, "prefix_length": len(item["prefix"]), "rollout": k, "temperature": args.temperature,
+            rows.append({"id": item["id"], "iteration": 0, "prefix_length": len(item["prefix"]), "rollout": k, "temperature": args.rollout_temperature,
                          "seed": row_seeds[k], "response": response.text, "token_ids": response.token_ids, "finished": response.finished,
                          "answer": canonical(answer, example["choices"]), "correct": is_correct(answer, example)})
     return rows
@@ -171,7 +164,7 @@ def chain_report(rows: list[dict], by_id: dict, checker) -> dict:
 
 def main(args: Args) -> None:
     """Sample, roll out, label, train, report."""
-    start_from = Path(args.runs) / "01_warmup" / "model"
+    start_from = args.policy or Path(args.runs) / "01_warmup" / "model"
     out = open_run(args, "02_train_prm", {"data": args.data, "val": args.val, "policy": start_from})
     if (out / "metrics.json").exists():
         return report(out)

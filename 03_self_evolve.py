@@ -5,7 +5,7 @@ Writes  runs/toy/03_self_evolve/iter_XX/samples.jsonl   K responses per prompt o
                                 iter_XX/selected.jsonl  what the policy was trained on
                                 iter_XX/val_*.jsonl     greedy responses and samples on the validation set
                                 iter_XX/search.jsonl    samples of the temperature search
-                                metrics.jsonl           one row per iteration; row 0 is the warm-up policy
+                                metrics.jsonl           one row per iteration; row 0 is the start policy
                                 temperature.jsonl       every search: the whole curve and the choice
                                 checkpoint/             policy (Hugging Face folder) and AdamW moments (safetensors), state.json
                                 model/                  the evolved policy, a plain Hugging Face folder
@@ -13,68 +13,177 @@ Writes  runs/toy/03_self_evolve/iter_XX/samples.jsonl   K responses per prompt o
 One optimisation runs through all iterations: neither the AdamW moments nor the learning-rate schedule is ever reset, in
 an iteration or a restart. The PRM stays fixed. Search and validation never see training, test or ood prompts.
 
+Every other row of the paper's tables is a flag: --method, --interval, --select and --k, --aggregate, --unlabeled and
+--mixin, --temperature and --objective. Whatever they say, a run draws --passes x prompts x K samples and takes --steps
+optimizer steps. Two flags go past the paper: --prm_refresh and --temperature per_class.
+
 Departures from the paper:
-1. Every iteration takes the same number of optimizer steps (--steps / --iterations), whatever was selected.
+1. Every iteration takes the same number of optimizer steps (--steps / iterations), whatever was selected.
 2. K = 8 here, 16 there; the search uses the first --search_prompts validation prompts.
 
     python 03_self_evolve.py
+    python 03_self_evolve.py --method iterative_rft --interval 1 --select all --temperature 1.0 --runs runs/rft
 """
 
 import json
+import subprocess
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from common import (CommonArgs, InputError, append_chunks, check_longest_prompts, distinct, epoch_batches, fit, flag, grouped, learning_rate,
-                    load_checkpoint, load_examples, load_policy, load_prm, make_optimizer, open_run, pass_at_k, read_jsonl, reward_pass_at_k, run_stage,
-                    sample_rows, save_checkpoint, save_model, search_temperature, seed_of, sft_loss, top_k, write_jsonl)
+from common import (CommonArgs, InputError, ScoringArgs, append_chunks, check_longest_prompts, distinct, epoch_batches, fit, flag, grouped,
+                    learning_rate, load_checkpoint, load_examples, load_policy, load_prm, load_weights, make_optimizer, open_run, pass_at_k, read_jsonl,
+                    reward_pass_at_k, run_stage, sample_rows, save_checkpoint, save_model, search_temperature, seed_of, sft_loss, top_k, vote, write_jsonl)
 
 
 @dataclass
-class Args(CommonArgs):
+class Args(ScoringArgs):
     """Flags of stage 03."""
 
     data: str = flag("data/toy/train.jsonl", "labelled prompts, JSONL")
+    policy: str = flag("", "policy to start from; empty: the warm-up policy of --runs")
+    prm: str = flag("", "process reward model; empty: the PRM of --runs")
     val: str = flag("data/toy/val.jsonl", "fixed validation set: dynamics and temperature search")
-    iterations: int = flag(5, "iterations of generate and improve")
+    method: Literal["continuous", "iterative_rft", "rest_em", "sft"] = flag(
+        "continuous", "continuous: one optimisation; iterative_rft: optimizer and rate schedule begin anew every iteration; rest_em: the weights as well; "
+                      "sft: one pass over the gold answers, nothing sampled")
     interval: float = flag(0.25, "iteration interval: share of the labelled prompts that one iteration consumes")
+    passes: float = flag(2.0, "passes over the labelled prompts in all; passes / interval iterations")
     samples: int = flag(8, "K: responses per prompt")
-    select: int = flag(2, "k of Top-k: right responses per prompt that are trained on")
-    temperature: str = flag("adaptive", "a number, or adaptive: the search's choice, 1.0 until the first search")
+    select: Literal["top_k", "random", "threshold", "all"] = flag("top_k", "H: which of the right responses are trained on")
+    k: int = flag(2, "k of top_k and random: right responses per prompt")
+    alpha: float = flag(0.5, "threshold: right responses with R_p above alpha")
+    unlabeled: Literal["none", "oracle", "vote"] = flag("none", "unlabelled prompts: none; oracle: with their true answers; vote: with pseudo-labels")
+    unlabeled_data: str = flag("data/toy/unlabeled.jsonl", "unlabelled prompts, JSONL; only oracle reads their answers")
+    mixin: float = flag(0.0, "T_mixin: share of the iterations after which half of the prompts are unlabelled ones")
+    vote_weights: Literal["prm", "equal"] = flag("prm", "pseudo-label: the answer with the largest PRM-weighted vote, or the majority")
+    gold_response: str = flag("Answer : {}", "method sft: the response that states a gold answer")
+    temperature: str = flag("adaptive", "a number; adaptive: the search's choice, 1.0 until the first search; per_class: one choice per difficulty of prompts")
+    objective: Literal["reward_pass_at_2", "pass_at_k"] = flag("reward_pass_at_2", "what the temperature search maximises")
     search_every: int = flag(2, "iterations between two temperature searches")
     search_prompts: int = flag(64, "validation prompts that a search uses")
     search_grid: list[float] = flag([round(0.3 + 0.1 * i, 1) for i in range(14)], "temperatures that a search tries")
-    steps: int = flag(500, "optimizer steps over all iterations")
+    prm_refresh: int = flag(0, "iterations after which stage 02 trains a new PRM on rollouts of the current policy; 0: never")
+    steps: int = flag(480, "optimizer steps over all iterations")
     batch_size: int = flag(16, "responses per optimizer step")
     learning_rate: float = flag(7e-5, "peak learning rate")
     warmup_steps: int = flag(20, "steps of linear warm-up, once; then the rate is constant")
 
 
-def iteration_prompts(examples: list[dict], t: int, args: Args) -> list[dict]:
-    """D_t: the t-th share (from 1) of the labelled prompts; every pass over them is in a new order and complete."""
-    share = max(1, round(args.interval * len(examples)))
+# ---------------------------------------------------------------- generate
+
+def iteration_prompts(examples: list[dict], t: int, share: int, *key) -> list[dict]:
+    """D_t: the t-th `share` (from 1) of the prompts; every pass over them is in a new order and complete."""
     order, epoch = [], 0
     while len(order) < t * share:
-        order += torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed_of(args.seed, "prompts", epoch))).tolist()
+        order += torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed_of(*key, epoch))).tolist()
         epoch += 1
     return [examples[i] for i in order[(t - 1) * share:t * share]]
 
 
-def select(rows: list[dict], k: int) -> list[dict]:
-    """H: the Top-k by R = 1(a = a*) x R_p among the distinct right responses to each prompt (paper, section 3.3).
+def choose_prompts(examples: list[dict], unlabeled: list[dict], t: int, iterations: int, args: Args) -> list[dict]:
+    """Prompts of iteration t; after the share T_mixin of the iterations every second one is an unlabelled prompt (paper, section 3.4)."""
+    share = max(1, round(args.interval * len(examples)))
+    prompts, first = iteration_prompts(examples, t, share, args.seed, "prompts"), round(args.mixin * iterations) + 1
+    if not unlabeled or t < first:
+        return prompts
+    return prompts[:share - share // 2] + iteration_prompts(unlabeled, t - first + 1, share // 2, args.seed, "unlabeled")
+
+
+def gold_rows(policy, examples: list[dict], args: Args) -> list[dict]:
+    """Method sft: the gold answer of every prompt, stated by args.gold_response, in the form of a selected sample."""
+    rows = []
+    for example in examples:
+        text = args.gold_response.format(example["answer"])
+        rows.append({"id": example["id"], "iteration": 1, "sample": 0, "response": text, "answer": example["answer"], "correct": True,
+                     "token_ids": policy.tokenizer.encode(text, add_special_tokens=False), "step_scores": [], "reward": 1.0})
+    return rows
+
+
+def pseudo_label(rows: list[dict], weights: str) -> tuple[list[dict], int]:
+    """Samples of unlabelled prompts, judged by their own vote: a* = the answer with the largest PRM-weighted vote (paper, section 3.4).
+
+    R = 1(a = a*) x R_p; a prompt of which no answer can be read is left out. Returns (rows, number of prompts left out).
+
+    >>> rows = [{"id": "p", "answer": a, "reward": r} for a, r in (("7", .3), ("8", .5), ("7", .4), (None, -1.))]
+    >>> [(row["correct"], row["reward"]) for row in pseudo_label(rows, "prm")[0]], pseudo_label([{"id": "q", "answer": None, "reward": -1.}], "prm")
+    ([(True, 0.3), (False, 0.0), (True, 0.4), (False, 0.0)], ([], 1))
+    """
+    judged, skipped = [], 0
+    for samples in grouped(rows).values():
+        label = vote([r["answer"] for r in samples], [max(r["reward"], 0.0) if weights == "prm" else 1.0 for r in samples])
+        skipped += label is None
+        if label is not None:
+            judged += [{**r, "pseudo_label": label, "correct": r["answer"] == label, "reward": r["reward"] if r["answer"] == label else 0.0} for r in samples]
+    return judged, skipped
+
+
+def generate_samples(policy, prm, prompts: list[dict], t: int, choice: dict, classes: dict, folder: Path, args: Args) -> list[dict]:
+    """K checked samples per prompt, with R = 1(a = a*) x R_p; of unlabelled prompts every sample gets R_p, for the vote."""
+    heat = lambda e: choice.get(classes.get(e["id"]), choice["all"])  # T of a prompt
+    kind = lambda e: (e["answer"] is None, heat(e))
+
+    def produce(chunk):
+        return [row for (hidden, temperature), group in groupby(chunk, key=kind)
+                for row in sample_rows(policy, list(group), args.samples, temperature, "evolve", t, args, prm, right_only=not hidden)]
+
+    return append_chunks(folder / "samples.jsonl", sorted(prompts, key=kind), args.samples, args.chunk, produce, f"03 sample {t}")
+
+
+# ---------------------------------------------------------------- select and improve
+
+def select(rows: list[dict], args: Args) -> list[dict]:
+    """H: which of the distinct right responses to each prompt are trained on (paper, section 3.3, table 2).
 
     >>> rows = [{"id": "p", "token_ids": [i], "correct": c, "reward": r} for i, c, r in ((1, True, .4), (2, True, .9), (3, False, 0.), (4, True, .6))]
-    >>> [(row["token_ids"], row["rank"]) for row in select(rows, 2)]
-    [([2], 1), ([4], 2)]
+    >>> [[row["token_ids"][0] for row in select(rows, Args(select=how, k=2, alpha=.5))] for how in ("top_k", "all", "threshold")]
+    [[2, 4], [1, 2, 4], [2, 4]]
     """
     chosen = []
-    for right in grouped(distinct([row for row in rows if row["correct"]])).values():
-        chosen += [{**right[i], "rank": rank} for rank, i in enumerate(top_k([row["reward"] for row in right], k), 1)]
+    for prompt, right in grouped(distinct([row for row in rows if row["correct"]])).items():
+        rewards = [row["reward"] for row in right]
+        if args.select == "random":  # the order of random numbers that belong to (iteration, prompt, sample)
+            picked = top_k([seed_of(args.seed, "select", row["iteration"], prompt, row["sample"]) for row in right], args.k)
+        elif args.select == "threshold":
+            picked = [i for i in range(len(right)) if rewards[i] > args.alpha]
+        else:
+            picked = top_k(rewards, args.k) if args.select == "top_k" else range(len(right))
+        chosen += [{**right[i], "rank": rank} for rank, i in enumerate(picked, 1)]
     return chosen
 
+
+def begin_iteration(policy, optimizer, state: dict, t: int, start_from, args: Args) -> dict:
+    """All that tells the training methods apart: what an iteration inherits from the one before (paper, section 3.2, table 1)."""
+    if args.method == "rest_em" and t > 1:
+        load_weights(policy, start_from)
+    if args.method in ("iterative_rft", "rest_em"):
+        optimizer.state.clear()
+        state = {**state, "reset": state["step"]}
+    return {**state, "iteration": t, "batch": 0, "tokens": 0, "loss": 0.0}
+
+
+def refresh_prm(out: Path, folder: Path, state: dict, args: Args) -> None:
+    """Past the paper: stage 02 trains a new PRM, from the current policy and on its rollouts."""
+    flags = {f.name: getattr(args, f.name) for f in fields(CommonArgs)} | {
+        "runs": folder, "policy": out / "checkpoint" / f"step_{state['step']:06d}" / "policy", "data": args.data, "val": args.val,
+        "aggregate": args.aggregate, "overwrite": False}
+    command = [sys.executable, str(Path(__file__).with_name("02_train_prm.py")), *(f"--{name}={value}" for name, value in flags.items())]
+    if subprocess.run(command).returncode:
+        raise InputError(f"stage 02 failed; its message is above, its command was: {' '.join(command)}")
+
+
+def current_prm(out: Path, t: int, args: Args) -> Path:
+    """The PRM of iteration t: the newest that was refreshed before it, else the one the run began with."""
+    fresh = [path for s in range(1, t) if (path := out / f"iter_{s:02d}" / "02_train_prm" / "model").exists()]
+    return fresh[-1] if args.prm_refresh and fresh else Path(args.prm or Path(args.runs) / "02_train_prm" / "model")
+
+
+# ---------------------------------------------------------------- look and adapt
 
 def validate(policy, prm, val: list[dict], folder: Path, t: int, temperature: float, args: Args) -> dict:
     """Greedy accuracy, Pass@K and Reward-Pass@2 on the validation set (paper, section 5)."""
@@ -82,21 +191,34 @@ def validate(policy, prm, val: list[dict], folder: Path, t: int, temperature: fl
                            lambda chunk: sample_rows(policy, chunk, 1, 0.0, "val", t, args), f"03 greedy {t}")
     samples = append_chunks(folder / "val_samples.jsonl", val, args.samples, args.chunk,
                             lambda chunk: sample_rows(policy, chunk, args.samples, temperature, "val", t, args, prm), f"03 val {t}")
-    groups = grouped(samples).values()
     return {"greedy_accuracy": sum(row["correct"] for row in greedy) / len(greedy),
             "sample_accuracy": sum(row["correct"] for row in samples) / len(samples),
-            "pass_at_k": sum(pass_at_k(len(g), sum(r["correct"] for r in g), args.samples) for g in groups) / len(groups),
-            "reward_pass_at_2": mean_reward_pass(samples)}
+            "pass_at_k": mean_over_prompts(samples, "pass_at_k"), "reward_pass_at_2": mean_over_prompts(samples, "reward_pass_at_2")}
 
 
-def mean_reward_pass(rows: list[dict], k: int = 2) -> float:
-    """Reward-Pass@k over all prompts of the rows."""
+def mean_over_prompts(rows: list[dict], figure: str) -> float:
+    """Pass@K (K: all samples of a prompt) or Reward-Pass@2, averaged over the prompts of the rows."""
     groups = grouped(rows).values()
-    return sum(reward_pass_at_k([r["reward"] for r in g], [r["correct"] for r in g], k) for g in groups) / len(groups)
+    if figure == "pass_at_k":
+        return sum(pass_at_k(len(g), sum(r["correct"] for r in g), len(g)) for g in groups) / len(groups)
+    return sum(reward_pass_at_k([r["reward"] for r in g], [r["correct"] for r in g], 2) for g in groups) / len(groups)
 
 
-def adapt_temperature(policy, prm, val: list[dict], folder: Path, t: int, current: float, args: Args) -> tuple[float, list[dict]]:
-    """T <- argmax over the grid of Reward-Pass@2 on fixed prompts and seeds (paper, section 5)."""
+def difficulty(rows: list[dict]) -> dict[str, str]:
+    """{prompt id: hard, middle or easy}: less than a third, less than two thirds, or more of its samples are right.
+
+    >>> difficulty([{"id": "p", "correct": True}, {"id": "p", "correct": False}, {"id": "q", "correct": False}])
+    {'p': 'middle', 'q': 'hard'}
+    """
+    solved = {prompt: sum(r["correct"] for r in group) / len(group) for prompt, group in grouped(rows).items()}
+    return {prompt: "hard" if s < 1 / 3 else "middle" if s < 2 / 3 else "easy" for prompt, s in solved.items()}
+
+
+def adapt_temperature(policy, prm, val: list[dict], folder: Path, t: int, choice: dict, args: Args) -> tuple[dict, dict]:
+    """T <- argmax over the grid of Reward-Pass@2 on fixed prompts and seeds (paper, section 5).
+
+    Returns ({"all": T}, {"all": curve}); with --temperature per_class also a T and a curve for every difficulty class.
+    """
     tries = [(temperature, example) for temperature in args.search_grid for example in val[:args.search_prompts]]
 
     def produce(chunk):
@@ -104,64 +226,111 @@ def adapt_temperature(policy, prm, val: list[dict], folder: Path, t: int, curren
                 for row in sample_rows(policy, [e for _, e in group], args.samples, temperature, "search", t, args, prm)]
 
     rows = append_chunks(folder / "search.jsonl", tries, args.samples, args.chunk, produce, f"03 search {t}")
-    return search_temperature(args.search_grid, lambda temperature: mean_reward_pass([r for r in rows if r["temperature"] == temperature]), current)
+    kinds = {"all": {e["id"] for e in val}}
+    if args.temperature == "per_class":
+        classes = difficulty(read_jsonl(folder / "val_samples.jsonl"))
+        kinds |= {name: ids for name in ("hard", "middle", "easy") if (ids := {e["id"] for e in val[:args.search_prompts] if classes[e["id"]] == name})}
+    found = {name: search_temperature(args.search_grid, lambda T: mean_over_prompts([r for r in rows if r["temperature"] == T and r["id"] in ids], args.objective),
+                                      choice.get(name, choice["all"])) for name, ids in kinds.items()}
+    return {name: best for name, (best, _) in found.items()}, {name: curve for name, (_, curve) in found.items()}
+
+
+def current_temperature(searches: list[dict], out: Path, t: int, args: Args) -> tuple[dict, dict]:
+    """({"all": T, class: T}, {prompt id: class}) of iteration t; the class is read from the prompt's last samples before t."""
+    if args.temperature not in ("adaptive", "per_class"):
+        return {"all": float(args.temperature)}, {}
+    earlier = [s["choice"] for s in searches if s["iteration"] < t]
+    classes: dict = {}
+    for s in range(1, t) if args.temperature == "per_class" else ():
+        classes |= difficulty(read_jsonl(out / f"iter_{s:02d}" / "samples.jsonl"))
+    return earlier[-1] if earlier else {"all": 1.0}, classes
+
+
+# ---------------------------------------------------------------- the loop
+
+def check_flags(args: Args) -> int:
+    """The number of iterations; raises InputError for flags that contradict each other."""
+    iterations = 1 if args.method == "sft" else round(args.passes / args.interval)
+    if not 0 < args.interval <= 1 or iterations < 1 or args.steps < iterations:
+        raise InputError(f"--interval {args.interval}, --passes {args.passes} and --steps {args.steps} must give at least one iteration of at least one step")
+    if args.temperature not in ("adaptive", "per_class"):
+        try:
+            float(args.temperature)
+        except ValueError:
+            raise InputError(f"--temperature must be a number, adaptive or per_class, found {args.temperature!r}") from None
+    if args.unlabeled != "none" and not 0 <= args.mixin < 1:
+        raise InputError(f"--mixin {args.mixin} must be at least 0 and below 1")
+    return iterations
 
 
 def main(args: Args) -> None:
     """The loop of the paper: generate, select, improve, look, adapt."""
-    runs = Path(args.runs)
-    start_from, reward_model = runs / "01_warmup" / "model", runs / "02_train_prm" / "model"
-    out = open_run(args, "03_self_evolve", {"data": args.data, "val": args.val, "policy": start_from, "prm": reward_model})
+    start_from, iterations = args.policy or Path(args.runs) / "01_warmup" / "model", check_flags(args)
+    out = open_run(args, "03_self_evolve", {"data": args.data, "val": args.val, "policy": start_from, "prm": args.prm or Path(args.runs) / "02_train_prm" / "model",
+                                            **({} if args.unlabeled == "none" else {"unlabeled": args.unlabeled_data})})
     if (out / "model").exists():
         return report(out)
     examples, val = load_examples(args.data), load_examples(args.val)
-    policy, prm = load_policy(start_from, args), load_prm(reward_model, args)  # pi_theta, f
-    check_longest_prompts(policy, examples + val, args)
-    by_id, optimizer = {e["id"]: e for e in examples}, make_optimizer(policy)
-    state = load_checkpoint(out / "checkpoint", policy, optimizer) or {"iteration": 0, "step": 0, "batch": 0, "tokens": 0, "loss": 0.0}
+    unlabeled = [] if args.unlabeled == "none" else load_examples(args.unlabeled_data, hidden=args.unlabeled != "oracle")
+    policy, prm, prm_from = load_policy(start_from, args), None, None  # pi_theta, f
+    check_longest_prompts(policy, examples + unlabeled + val, args)
+    by_id, optimizer = {e["id"]: e for e in examples + unlabeled}, make_optimizer(policy)
+    if len(by_id) < len(examples) + len(unlabeled):
+        raise InputError(f"{args.data} and {args.unlabeled_data} share ids; rename them")
+    state = load_checkpoint(out / "checkpoint", policy, optimizer) or {"iteration": 0, "step": 0, "reset": 0, "batch": 0, "tokens": 0, "loss": 0.0}
     metrics = read_jsonl(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
     searches = read_jsonl(out / "temperature.jsonl") if (out / "temperature.jsonl").exists() else []
 
-    for t in range(len(metrics), args.iterations + 1):
+    for t in range(len(metrics), iterations + 1):
         folder, clock = out / f"iter_{t:02d}", [time.time()]
         folder.mkdir(exist_ok=True)
-        earlier = [s for s in searches if s["iteration"] < t]
-        temperature = float(args.temperature) if args.temperature != "adaptive" else earlier[-1]["temperature"] if earlier else 1.0  # T
-        row = {"iteration": t, "temperature": temperature}
+        if prm_from != current_prm(out, t, args):
+            prm_from = current_prm(out, t, args)
+            prm = load_prm(prm_from, args)
+        choice, classes = current_temperature(searches, out, t, args)  # T
+        row = {"iteration": t, "temperature": choice["all"]}
 
         if t > 0:
             # Generate: K responses per prompt from the current policy
-            prompts = iteration_prompts(examples, t, args)
-            samples = append_chunks(folder / "samples.jsonl", prompts, args.samples, args.chunk,
-                                    lambda chunk: sample_rows(policy, chunk, args.samples, temperature, "evolve", t, args, prm, True), f"03 sample {t}")
-            selected = select(samples, args.select)
+            if args.method == "sft":
+                prompts, samples, no_vote = examples, gold_rows(policy, examples, args), 0
+            else:
+                prompts = choose_prompts(examples, unlabeled, t, iterations, args)
+                samples = generate_samples(policy, prm, prompts, t, choice, classes, folder, args)
+                voted, no_vote = pseudo_label([r for r in samples if by_id[r["id"]]["answer"] is None], args.vote_weights)
+                samples = [r for r in samples if by_id[r["id"]]["answer"] is not None] + voted
+
+            # Select: H(R)
+            selected = samples if args.method == "sft" else select(samples, args)
             if not selected:
                 raise InputError(f"iteration {t}: none of {len(samples)} samples is right, so there is nothing to train on; see {folder}/samples.jsonl")
             write_jsonl(folder / "selected.jsonl", selected)
             clock.append(time.time())
 
             # Improve: SFT on the selected responses; moments and rate go on where they were
-            steps = args.steps * t // args.iterations - args.steps * (t - 1) // args.iterations
+            steps = args.steps * t // iterations - args.steps * (t - 1) // iterations
             batches = [[selected[i] for i in b] for b in epoch_batches(len(selected), args.batch_size, steps, args.seed, "evolve", t)]
             if state["iteration"] < t:
-                state = {"iteration": t, "step": state["step"], "batch": 0, "tokens": 0, "loss": 0.0}
+                state = begin_iteration(policy, optimizer, state, t, start_from, args)
             state = fit(policy, optimizer, batches, lambda b: sft_loss(policy, [by_id[r["id"]] for r in b], [r["token_ids"] for r in b], args),
                         args, f"03 train {t}", state, lambda s: save_checkpoint(out / "checkpoint", policy, optimizer, s))
             save_checkpoint(out / "checkpoint", policy, optimizer, state)
-            row |= {"lr": learning_rate(state["step"] - 1, args.learning_rate, args.warmup_steps), "prompts": len(prompts), "samples": len(samples),
-                    "correct": sum(r["correct"] for r in samples), "selected": len(selected), "steps": state["step"], "tokens": state["tokens"],
-                    "loss": state["loss"] / max(state["batch"], 1)}
+            row |= {"lr": learning_rate(state["step"] - state["reset"] - 1, args.learning_rate, args.warmup_steps), "prompts": len(prompts),
+                    "samples": 0 if args.method == "sft" else len(prompts) * args.samples, "correct": sum(r["correct"] for r in samples), "no_vote": no_vote,
+                    "selected": len(selected), "steps": state["step"], "tokens": state["tokens"], "loss": state["loss"] / max(state["batch"], 1)}
             clock.append(time.time())
 
         # Look: the dynamics on the validation set
-        row |= validate(policy, prm, val, folder, t, temperature, args)
+        row |= validate(policy, prm, val, folder, t, choice["all"], args)
         clock.append(time.time())
 
         # Adapt: T <- argmax of Reward-Pass@2; nothing follows the last iteration
-        if args.temperature == "adaptive" and 0 < t < args.iterations and t % args.search_every == 0:
-            best, curve = adapt_temperature(policy, prm, val, folder, t, temperature, args)
-            searches = [s for s in searches if s["iteration"] < t] + [{"iteration": t, "was": temperature, "temperature": best, "curve": curve}]
+        if args.temperature in ("adaptive", "per_class") and 0 < t < iterations and t % args.search_every == 0:
+            best, curves = adapt_temperature(policy, prm, val, folder, t, choice, args)
+            searches = [s for s in searches if s["iteration"] < t] + [{"iteration": t, "was": choice, "choice": best, "objective": args.objective, "curves": curves}]
             write_jsonl(out / "temperature.jsonl", searches)
+        if args.prm_refresh and 0 < t < iterations and t % args.prm_refresh == 0:
+            refresh_prm(out, folder, state, args)
         clock.append(time.time())
         phases = ["sample", "train", "validate", "search"][-len(clock) + 1:]
         row["seconds"] = {name: round(b - a, 1) for name, a, b in zip(phases, clock, clock[1:])}
@@ -173,12 +342,13 @@ def main(args: Args) -> None:
 
 
 def report(out: Path) -> None:
-    """Print the dynamics as a table, and what to run next."""
+    """Print the dynamics as a table, the budget that was spent, and what to run next."""
     print("iteration     T  greedy  sample  Pass@K  Reward-Pass@2  selected")
-    for row in read_jsonl(out / "metrics.jsonl"):
+    rows = read_jsonl(out / "metrics.jsonl")
+    for row in rows:
         print(f"{row['iteration']:9d} {row['temperature']:5.1f} {row['greedy_accuracy']:7.1%} {row['sample_accuracy']:7.1%} {row['pass_at_k']:7.1%} "
               f"{row['reward_pass_at_2']:14.1%} {row.get('selected', 0):9d}")
-    print("next: python 04_eval.py")
+    print(f"budget: {sum(row.get('samples', 0) for row in rows)} samples, {rows[-1].get('steps', 0)} optimizer steps\nnext: python 04_eval.py")
 
 
 if __name__ == "__main__":

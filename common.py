@@ -7,6 +7,7 @@ comments where the code meets them. Every function can be lifted on its own; not
 import argparse
 import fcntl
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,16 @@ class CommonArgs:
     seed: int = flag(0, "every random choice follows from it")
     trust_remote_code: bool = flag(False, "run code that comes with a checkpoint")
     overwrite: bool = flag(False, "delete what this stage wrote before and start anew")
+
+
+AGGREGATES = {"min": min, "mean": lambda scores: sum(scores) / len(scores), "last": lambda scores: scores[-1], "product": math.prod}
+
+
+@dataclass
+class ScoringArgs(CommonArgs):
+    """Flags that mean the same in every stage that has a PRM."""
+
+    aggregate: Literal["min", "mean", "last", "product"] = flag("min", "R_p: how the scores of a response's steps become its reward")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -247,25 +259,28 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
 
 # ---------------------------------------------------------------- examples
 
-def load_examples(path) -> list[dict]:
+def load_examples(path, hidden: bool = False) -> list[dict]:
     """Read and check a data file; every record gets "where" (file and line) and "image" becomes an absolute path.
 
     A record: {"id": "a1", "image": "images/a1.png", "question": "...", "answer": "7", "choices": null, "source": "toy"}.
     Raises InputError with file and line on a missing or mistyped field, an empty answer, a repeated id, or an image
-    that is missing, broken or outside the data folder.
+    that is missing, broken or outside the data folder. hidden=True is for unlabelled prompts: only what a solver may see
+    is kept, "answer" becomes None.
     """
     rows, folder, seen = read_jsonl(path), Path(path).resolve().parent, {}
     if not rows:
         raise InputError(f"{path} is empty: it needs one JSON record per line")
     for number, row in enumerate(rows, 1):
+        if hidden:
+            row = rows[number - 1] = {k: row.get(k) for k in ("id", "image", "question", "choices", "source")} | {"answer": None}
         row["where"] = f"{path} line {number}"
-        for name in ("id", "image", "question", "answer", "source"):
+        for name in ("id", "image", "question", *(() if hidden else ("answer",)), "source"):
             if not isinstance(row.get(name), str) or not row[name].strip():
                 raise InputError(f"{row['where']}: field \"{name}\" must be a text that is not empty, found {row.get(name)!r}")
         choices = row.setdefault("choices", None)
         if choices is not None and not (isinstance(choices, list) and 2 <= len(choices) <= len(LETTERS) and all(isinstance(c, str) for c in choices)):
             raise InputError(f"{row['where']}: field \"choices\" must be a list of 2 to {len(LETTERS)} texts, or null")
-        if choices and choice_index(row["answer"], choices) is None:
+        if choices and not hidden and choice_index(row["answer"], choices) is None:
             raise InputError(f"{row['where']}: the answer {row['answer']!r} is none of the choices")
         if row["id"] in seen:
             raise InputError(f"{row['where']}: id {row['id']!r} stands already in line {seen[row['id']]}")
@@ -710,13 +725,13 @@ def score_batch(prm: Policy, examples, responses, args) -> list[list[list[float]
     return [[next(by_row) for _ in row] for row in responses]
 
 
-def min_step(scores: list[float]) -> float:
-    """R_p(y) = min_j f(s_j), and -1, below every score, for a response without a step (paper, section 2).
+def response_reward(scores: list[float], aggregate: str = "min") -> float:
+    """R_p(y) = min_j f(s_j), or another aggregate, and -1, below every score, for a response without a step (paper, section 2).
 
-    >>> min_step([0.9, 0.2, 0.7]), min_step([])
-    (0.2, -1.0)
+    >>> response_reward([0.9, 0.2, 0.7]), response_reward([]), response_reward([0.5, 0.5], "product")
+    (0.2, -1.0, 0.25)
     """
-    return min(scores, default=-1.0)
+    return AGGREGATES[aggregate](scores) if scores else -1.0
 
 
 # ---------------------------------------------------------------- selection and metrics
@@ -748,6 +763,29 @@ def reward_pass_at_k(rewards: list[float], correct: list[bool], k: int) -> bool:
     False
     """
     return any(correct[i] for i in top_k(rewards, k))
+
+
+def vote(answers: list[str | None], weights: list[float]) -> str | None:
+    """The answer with the largest total weight; of equal ones the one sampled first. Unparsable answers have no vote.
+
+    >>> vote(["7", "8", None, "8"], [1.0, 0.6, 9.0, 0.6])
+    '8'
+    """
+    totals: dict[str, float] = {}
+    for answer, weight in zip(answers, weights):
+        if answer is not None:
+            totals[answer] = totals.get(answer, 0.0) + weight
+    return max(totals, key=totals.get, default=None)  # max keeps the first of equals
+
+
+def load_checker(spec: str):
+    """The function FILE:FUNCTION(response, example) that knows whether a chain is right, or None; only reports use it."""
+    path, name = spec.rsplit(":", 1)
+    if not Path(path).is_file():
+        raise InputError(f"--chain_checker names {path}, which does not exist")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("chain_checker", path))
+    module.__spec__.loader.exec_module(module)
+    return getattr(module, name)
 
 
 def search_temperature(grid: list[float], objective, current: float) -> tuple[float, list[dict]]:
@@ -782,7 +820,7 @@ def sample_rows(policy: Policy, examples: list[dict], n: int, temperature: float
         for row in rows:  # a cut response is below every score; a wrong one has R = 0
             row |= {"step_scores": [], "reward": 0.0 if right_only else -1.0}
         for row, steps in zip(sum(wanted, []), sum(scores, [])):
-            row |= {"step_scores": [round(f, 6) for f in steps], "reward": round(min_step(steps), 6)}
+            row |= {"step_scores": [round(f, 6) for f in steps], "reward": round(response_reward(steps, args.aggregate), 6)}
     return rows
 
 
@@ -854,8 +892,8 @@ def fit(policy: Policy, optimizer, batches: list, loss_of, args, label: str, sta
     """Train on `batches` and return the updated state {"step", "batch", "tokens", "loss"}.
 
     loss_of(batch) -> (summed loss, count); the gradient is that of the mean over the batch's true count. state["step"]
-    counts optimizer steps over the whole run, so that the rate continues where it was; state["batch"] counts those of
-    this call that are done, so that a restart skips exactly them. save(state) is called every args.save_every steps.
+    counts optimizer steps over the whole run, so that the rate continues where it was, unless state["reset"] names the step
+    at which a schedule began anew; state["batch"] counts those of this call that are done, so that a restart skips them. save(state) is called every args.save_every steps.
     Raises InputError if the loss is not finite.
     """
     state = state or {"step": 0, "batch": 0, "tokens": 0, "loss": 0.0}
@@ -864,7 +902,7 @@ def fit(policy: Policy, optimizer, batches: list, loss_of, args, label: str, sta
         policy.model.set_attn_implementation("eager")  # measured: the masked backward pass of SDPA is slower on a CPU
     for batch in tqdm(batches[state["batch"]:], desc=label, initial=state["batch"], total=len(batches)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(state["step"], args.learning_rate, args.warmup_steps)
+            group["lr"] = learning_rate(state["step"] - state.get("reset", 0), args.learning_rate, args.warmup_steps)
         loss, count = 0.0, 0
         for a in range(0, len(batch), args.micro_batch):
             part, tokens = loss_of(batch[a:a + args.micro_batch])

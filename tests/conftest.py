@@ -25,9 +25,9 @@ def stage(name: str):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A small toy world with the real base model: 32 train, 32 unlabelled, 4 val, 5 test and 4 ood prompts."""
+    """A small toy world with the real base model: 32 train, 32 unlabelled, 4 val, 6 test and 4 ood prompts."""
     out = tmp_path_factory.mktemp("world") / "toy"
-    toy.write_world(out, scale=0.01)
+    toy.write_world(out, scale=1 / 75)
     return out
 
 

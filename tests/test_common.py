@@ -13,7 +13,7 @@ import toy
 from conftest import stage
 
 
-@pytest.mark.parametrize("name", ["common", "toy", "01_warmup", "02_train_prm", "03_self_evolve", "04_eval"])
+@pytest.mark.parametrize("name", ["common", "toy", "study", "01_warmup", "02_train_prm", "03_self_evolve", "04_eval"])
 def test_every_worked_example_in_a_docstring_is_true(name):
     module = {"common": common, "toy": toy}.get(name) or stage(name)
     failed, tried = doctest.testmod(module)
@@ -44,13 +44,18 @@ def test_reward_pass_ranks_all_samples_not_only_right_ones():
 
 
 def test_min_step_is_the_weakest_step_and_no_step_is_below_every_score():
-    assert common.min_step([0.9, 0.0, 1.0]) == 0.0 and common.min_step([]) < 0.0
+    assert common.response_reward([0.9, 0.0, 1.0]) == 0.0 and common.response_reward([]) < 0.0
+
+
+@pytest.mark.parametrize("how, reward", [("min", 0.25), ("mean", 0.5), ("last", 0.75), ("product", 0.09375)])
+def test_every_aggregate_by_hand(how, reward):
+    assert common.response_reward([0.5, 0.25, 0.75], how) == reward and common.response_reward([], how) < 0.0
 
 
 def test_selection_keeps_only_right_distinct_responses_by_min_step():
     rows = [{"id": p, "token_ids": ids, "correct": ok, "reward": r} for p, ids, ok, r in (
         ("a", [1], True, 0.2), ("a", [2], False, 0.99), ("a", [1], True, 0.2), ("a", [3], True, 0.8), ("a", [4], True, 0.8), ("b", [5], False, 0.9))]
-    assert [(r["id"], r["token_ids"], r["rank"]) for r in stage("03_self_evolve").select(rows, 2)] == [("a", [3], 1), ("a", [4], 2)]
+    assert [(r["id"], r["token_ids"], r["rank"]) for r in stage("03_self_evolve").select(rows, stage("03_self_evolve").Args())] == [("a", [3], 1), ("a", [4], 2)]
 
 
 def test_temperature_search_finds_a_planted_optimum_and_logs_its_whole_curve():
@@ -87,8 +92,8 @@ def test_batches_cover_every_item_once_per_epoch_and_keep_the_remainder():
 
 def test_iterations_consume_the_interval_and_every_pass_is_complete():
     evolve = stage("03_self_evolve")
-    examples, args = [{"id": i} for i in range(8)], evolve.Args(interval=0.25)
-    shares = [evolve.iteration_prompts(examples, t, args) for t in range(1, 9)]
+    examples = [{"id": i} for i in range(8)]
+    shares = [evolve.choose_prompts(examples, [], t, 8, evolve.Args(interval=0.25)) for t in range(1, 9)]
     assert [len(s) for s in shares] == [2] * 8
     for four in (shares[:4], shares[4:]):
         assert sorted(e["id"] for s in four for e in s) == list(range(8))
@@ -274,7 +279,7 @@ def test_pretraining_asks_in_the_words_of_the_stages():
 
 
 def test_the_world_is_the_same_every_time(world, tmp_path):
-    toy.write_world(tmp_path / "again", scale=0.01)
+    toy.write_world(tmp_path / "again", scale=1 / 75)
     for path in sorted(world.rglob("*")):
         if path.is_file():
             assert path.read_bytes() == (tmp_path / "again" / path.relative_to(world)).read_bytes(), path

@@ -16,7 +16,7 @@ from conftest import ROOT, stage
 FLAGS = {
     "01_warmup": "--steps 8 --samples 6 --save_every 3 --chunk 16",
     "02_train_prm": "--prompts 30 --samples 6 --rollouts 2 --epochs 1 --held_out 0.4 --save_every 2 --chunk 8 --val_samples 4 --batch_size 8",
-    "03_self_evolve": "--iterations 3 --steps 9 --samples 3 --interval 0.5 --search_prompts 4 --search_grid 0.5 1.0 --save_every 2 --chunk 8",
+    "03_self_evolve": "--passes 1.5 --steps 9 --samples 3 --interval 0.5 --search_prompts 4 --search_grid 0.5 1.0 --save_every 2 --chunk 8",
     "04_eval": "--samples 3 --resamples 50 --chunk 8",
 }
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -100,10 +100,10 @@ def test_metrics_and_temperature_follow_from_the_samples(finished):
         top = [sorted(p, key=lambda s: (-s["reward"], s["sample"]))[:2] for p in by_prompt]
         assert row["reward_pass_at_2"] == sum(any(s["correct"] for s in p) for p in top) / len(greedy)
     (search,) = rows(out / "temperature.jsonl")  # after iteration 2; nothing follows iteration 3
-    assert search["iteration"] == 2 and [c["temperature"] for c in search["curve"]] == [0.5, 1.0]
-    best = max(c["objective"] for c in search["curve"])
-    assert search["temperature"] == max(c["temperature"] for c in search["curve"] if c["objective"] == best)  # a tie goes to the nearest to 1.0
-    assert rows(out / "metrics.jsonl")[3]["temperature"] == search["temperature"]
+    assert search["iteration"] == 2 and [c["temperature"] for c in search["curves"]["all"]] == [0.5, 1.0]
+    best = max(c["objective"] for c in search["curves"]["all"])
+    assert search["choice"]["all"] == max(c["temperature"] for c in search["curves"]["all"] if c["objective"] == best)  # a tie goes to the nearest to 1.0
+    assert rows(out / "metrics.jsonl")[3]["temperature"] == search["choice"]["all"]
 
 
 def test_evaluation_reports_every_policy_with_counts_and_intervals(finished):

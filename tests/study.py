@@ -1,0 +1,151 @@
+"""The study in miniature: every row of the paper's tables 1 to 3, and two that go past it, on the toy world.
+
+    python tests/study.py                               # every row, seeds 0 1 2; one after the other
+    python tests/study.py --only M-STaR Top-2 --seeds 0 # some of them
+    python 04_eval.py --study runs/study/rows.jsonl     # the table and the paired tests
+
+Reads   data/toy (made if missing)
+Writes  runs/study/seed<S>/01_warmup, 02_train_prm    shared by all rows of a seed
+        runs/study/seed<S>/<row>/03_self_evolve/      one run, as stage 03 writes it
+        runs/study/rows.jsonl                         one line per finished run: flags, budget, a verdict per test and ood prompt
+
+A run is one call of 03_self_evolve.py; then its policy answers every test and ood prompt greedily. A driver that was
+killed goes on where it was and repeats no finished run; several drivers may share the folder: a run that another one
+is at is left to it.
+"""
+
+import argparse
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common
+
+FIXED = "--temperature 1.0"
+ROWS = {  # name: (the paper's ID and OOD accuracy, flags of 03_self_evolve.py; None: not trained)
+    "base": (13.6, 52.4, None),
+    "warm-up": (38.8, 52.6, None),
+    "SFT": (44.3, 54.8, "--method sft --policy data/toy/base"),
+    "Iterative RFT 100 %": (42.3, 55.7, f"--method iterative_rft --interval 1 --select all {FIXED}"),
+    "ReST-EM 100 %": (42.3, 55.1, f"--method rest_em --interval 1 --select all {FIXED}"),
+    "continuous 100 %": (42.2, 56.7, f"--interval 1 --select all {FIXED}"),
+    "continuous 50 %": (43.1, 56.2, f"--interval 0.5 --select all {FIXED}"),
+    "continuous 25 %": (43.1, 57.2, f"--select all {FIXED}"),
+    "continuous 12.5 %": (42.3, 56.1, f"--interval 0.125 --select all {FIXED}"),
+    "continuous 6.25 %": (41.0, 56.8, f"--interval 0.0625 --select all {FIXED}"),
+    "Random-2": (41.0, 55.5, f"--select random {FIXED}"),
+    "PRM > alpha": (43.8, 57.5, f"--select threshold {FIXED}"),
+    "Top-1": (43.0, 59.0, f"--k 1 {FIXED}"),
+    "Top-2": (45.3, 59.2, FIXED),
+    "Top-4": (44.0, 58.4, f"--k 4 {FIXED}"),
+    "oracle without PRM": (42.5, 58.2, f"--unlabeled oracle --select all {FIXED}"),
+    "oracle + PRM": (42.9, 59.1, f"--unlabeled oracle {FIXED}"),
+    "vote, mix-in 0 %": (43.3, 58.2, f"--unlabeled vote {FIXED}"),
+    "vote, mix-in 25 %": (42.4, 57.6, f"--unlabeled vote --mixin 0.25 {FIXED}"),
+    "vote, mix-in 50 %": (42.9, 58.2, f"--unlabeled vote --mixin 0.5 {FIXED}"),
+    "vote, mix-in 75 %": (45.0, 58.8, f"--unlabeled vote --mixin 0.75 {FIXED}"),
+    "majority vote without PRM, mix-in 0 %": (None, None, f"--unlabeled vote --vote_weights equal --select all {FIXED}"),
+    "Top-2, T = 0.5": (None, None, "--temperature 0.5"),
+    "Top-2, T = 0.7": (None, None, "--temperature 0.7"),
+    "Top-2, T = 1.2": (None, None, "--temperature 1.2"),
+    "adaptive T on Pass@K": (42.8, 58.0, "--objective pass_at_k"),
+    "M-STaR": (45.9, 59.5, ""),
+    "M-STaR, PRM refreshed": (None, None, "--prm_refresh 4"),
+    "M-STaR, T per difficulty": (None, None, "--temperature per_class"),
+}
+
+
+def folder_of(name: str) -> str:
+    """A row's name as a folder name.
+
+    >>> folder_of("vote, mix-in 25 %")
+    'vote_mix-in_25'
+    """
+    return "_".join("".join(c if c.isalnum() or c in ".-=>" else " " for c in name).split()).replace(">", "over")
+
+
+def call(script: str, flags: str, device: str) -> None:
+    """Run one stage; raises SystemExit with its command if it fails."""
+    command = [sys.executable, str(ROOT / script), *flags.split(), "--device", device]
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        sys.exit(f"failed: {' '.join(command)}")
+
+
+def greedy_verdicts(policy_path, seed: int, device: str, toy: str) -> dict[str, list[int]]:
+    """{"test": [1, 0, ...], "ood": [...]}: whether the greedy response to each prompt is right."""
+    args = common.CommonArgs(device=device, seed=seed)
+    policy = common.load_policy(policy_path, args)
+    return {split: [int(r["correct"]) for r in common.sample_rows(policy, common.load_examples(f"{toy}/{split}.jsonl"), 1, 0.0, "study", 0, args)]
+            for split in ("test", "ood")}
+
+
+def run_row(name: str, seed: int, out: Path, args) -> dict | None:
+    """Train and judge one row; None if another driver is at it."""
+    paper_id, paper_ood, flags = ROWS[name]
+    shared, runs = out / f"seed{seed}", out / f"seed{seed}" / folder_of(name)
+    runs.mkdir(parents=True, exist_ok=True)
+    with open(runs / ".driver", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        start, row = time.time(), {"name": name, "seed": seed, "paper_id": paper_id, "paper_ood": paper_ood}
+        if flags is None:
+            policy, budget = {"base": "data/toy/base", "warm-up": shared / "01_warmup/model"}[name], {"samples": 0, "steps": 0}
+        else:
+            command = f"--runs {runs} --prm {shared}/02_train_prm/model --policy {shared}/01_warmup/model {flags} {args.extra} --seed {seed}"
+            call("03_self_evolve.py", command, args.device)
+            policy, metrics = runs / "03_self_evolve/model", common.read_jsonl(runs / "03_self_evolve/metrics.jsonl")
+            budget = {"samples": sum(m.get("samples", 0) for m in metrics), "steps": metrics[-1]["steps"], "command": f"python 03_self_evolve.py {flags}".strip()}
+        return row | budget | {"verdicts": greedy_verdicts(policy, seed, args.device, args.toy), "seconds": round(time.time() - start, 1)}
+
+
+def share_stages(seed: int, out: Path, args) -> None:
+    """Warm-up and PRM of a seed, once; a second driver waits for the first."""
+    (out / f"seed{seed}").mkdir(parents=True, exist_ok=True)
+    with open(out / f"seed{seed}" / ".driver", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for script, extra in (("01_warmup.py", args.extra01), ("02_train_prm.py", args.extra02)):
+            call(script, f"--runs {out}/seed{seed} --seed {seed} {extra}", args.device)
+
+
+def main() -> None:
+    """Every wanted (seed, row) that no line of rows.jsonl holds yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/study")
+    parser.add_argument("--toy", default="data/toy")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", default=list(ROWS), help="names of rows")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--extra", default="", help="flags for every 03_self_evolve.py")
+    parser.add_argument("--extra01", default="", help="flags for 01_warmup.py")
+    parser.add_argument("--extra02", default="", help="flags for 02_train_prm.py")
+    args = parser.parse_args()
+    if unknown := sorted(set(args.only) - set(ROWS)):
+        sys.exit(f"unknown rows {unknown}; there are {list(ROWS)}")
+    common.transformers.logging.set_verbosity_error()
+    out, table = Path(args.out), Path(args.out) / "rows.jsonl"
+    for seed in args.seeds:
+        share_stages(seed, out, args)
+    for name in args.only:
+        for seed in args.seeds:
+            done = common.read_jsonl(table) if table.exists() else []
+            if any((r["name"], r["seed"]) == (name, seed) for r in done):
+                continue
+            row = run_row(name, seed, out, args)
+            if row is None:
+                continue
+            with open(out / ".table", "w") as lock:  # drivers side by side take turns
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                common.write_jsonl(table, (common.read_jsonl(table) if table.exists() else []) + [row])
+            print(name, seed, {split: round(sum(v) / len(v), 3) for split, v in row["verdicts"].items()}, f"{row['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The variants of stage 03 and the study: methods differ where they should, selections and votes by hand, no leaks, equal budgets."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import study
+from conftest import ROOT, stage
+
+evolve, evaluate = stage("03_self_evolve"), stage("04_eval")
+SHORT = dict(device="cpu", passes=1.0, interval=0.5, steps=4, samples=3, select="all", temperature="1.0", batch_size=4, max_new_tokens=60, warmup_steps=3)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def place(world, tmp_path, monkeypatch):
+    """A working directory in which the toy's base model stands for warm-up policy and PRM."""
+    shutil.copytree(world, tmp_path / "data/toy")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    for name in ("01_warmup", "02_train_prm"):
+        shutil.copytree(world / "base", tmp_path / f"runs/toy/{name}/model")
+    common.write_json(tmp_path / "runs/toy/02_train_prm/model/prm.json", {"marks": [3, 4]})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "LOCKS", [])
+    return tmp_path
+
+
+def evolve_as(name, place, **flags):
+    """One run of stage 03 in runs/<name>, in this process; its folder."""
+    shutil.copytree(place / "runs/toy", place / f"runs/{name}", ignore=shutil.ignore_patterns("03_*"))
+    evolve.main(evolve.Args(runs=f"runs/{name}", **SHORT | flags))
+    return place / f"runs/{name}/03_self_evolve"
+
+
+# ---------------------------------------------------------------- methods
+
+def test_training_methods_differ_in_start_weights_moments_and_schedule_and_nowhere_else(place, monkeypatch):
+    fit, seen = evolve.fit, {}
+
+    def watched(policy, optimizer, batches, loss_of, args, label, state, save):
+        weights = lambda: {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+        moments = lambda: [{k: v.clone() for k, v in optimizer.state[p].items()} for p in policy.model.parameters() if p in optimizer.state]
+        before = weights(), moments(), state["step"] - state["reset"], [[r["token_ids"] for r in b] for b in batches]
+        state = fit(policy, optimizer, batches, loss_of, args, label, state, save)
+        seen.setdefault(args.method, []).append((before, (weights(), moments())))
+        return state
+
+    monkeypatch.setattr(evolve, "fit", watched)
+    for method in ("continuous", "iterative_rft", "rest_em"):
+        evolve_as(method, place, method=method)
+    same = lambda a, b: all(torch.equal(a[n], b[n]) for n in a)
+    (first, after), (second, _) = seen["continuous"]
+    for method in ("iterative_rft", "rest_em"):  # the first iteration, and what the second one trains on, are the same to the bit
+        (other, other_after), (other_second, _) = seen[method]
+        assert same(first[0], other[0]) and same(after[0], other_after[0]) and first[2:] == other[2:] and second[3] == other_second[3]
+    assert same(second[0], after[0]) and all(same(a, b) for a, b in zip(second[1], after[1])) and len(second[1]) == len(after[1]) > 0 and second[2] == 2
+    for method, start in (("iterative_rft", after[0]), ("rest_em", first[0])):
+        weights, moments, schedule, _ = seen[method][1][0]
+        assert same(weights, start) and moments == [] and schedule == 0
+    assert not same(after[0], first[0])
+
+
+def test_every_method_and_interval_draws_the_same_samples_and_steps(place):
+    budgets = {}
+    for name, flags in {"a": {}, "b": {"interval": 1.0}, "c": {"interval": 0.25}, "d": {"method": "rest_em", "interval": 1.0},
+                        "e": {"unlabeled": "vote", "select": "random"}}.items():
+        metrics = rows(evolve_as(name, place, **flags) / "metrics.jsonl")
+        budgets[name] = (sum(m.get("samples", 0) for m in metrics), metrics[-1]["steps"], len(metrics) - 1)
+    assert {b[:2] for b in budgets.values()} == {(32 * 3, 4)} and [b[2] for b in budgets.values()] == [2, 1, 4, 1, 2]
+
+
+def test_sft_trains_once_on_gold_answers_and_samples_nothing(place):
+    out = evolve_as("sft", place, method="sft", steps=3)
+    metrics, selected, data = rows(out / "metrics.jsonl"), rows(out / "iter_01/selected.jsonl"), rows(place / "data/toy/train.jsonl")
+    assert len(metrics) == 2 and metrics[1]["samples"] == 0 and metrics[1]["steps"] == 3 and not (out / "iter_01/samples.jsonl").exists()
+    assert [(s["id"], s["response"]) for s in selected] == [(e["id"], f"Answer : {e['answer']}") for e in data]
+
+
+# ---------------------------------------------------------------- selection, votes, unlabelled prompts
+
+SCORED = [{"id": p, "token_ids": [i], "correct": c, "reward": r, "iteration": 1, "sample": i} for p, i, c, r in (
+    ("a", 1, True, 0.4), ("a", 2, True, 0.9), ("a", 3, False, 0.0), ("a", 4, True, 0.6), ("a", 5, True, 0.6), ("b", 6, False, 0.0), ("c", 7, True, 0.1))]
+
+
+@pytest.mark.parametrize("flags, chosen", [
+    ({"select": "top_k", "k": 1}, [2, 7]), ({"select": "top_k", "k": 2}, [2, 4, 7]), ({"select": "top_k", "k": 4}, [2, 4, 5, 1, 7]),
+    ({"select": "all"}, [1, 2, 4, 5, 7]), ({"select": "threshold", "alpha": 0.5}, [2, 4, 5]), ({"select": "threshold", "alpha": 0.6}, [2])])
+def test_every_selection_rule_on_hand_made_scores(flags, chosen):
+    assert [row["sample"] for row in evolve.select(SCORED, evolve.Args(**flags))] == chosen
+
+
+def test_random_selection_takes_k_right_ones_and_every_right_one_equally_often():
+    counts = np.zeros(6)
+    for seed in range(400):
+        picked = [row["sample"] for row in evolve.select(SCORED, evolve.Args(select="random", k=2, seed=seed)) if row["id"] == "a"]
+        assert len(set(picked)) == 2
+        counts[picked] += 1
+    assert counts[3] == 0 and all(160 < counts[i] < 240 for i in (1, 2, 4, 5))  # 200 expected, standard deviation 10
+
+
+def test_pseudo_labels_follow_the_prm_weighted_vote_or_the_majority():
+    samples = [{"id": "p", "answer": a, "reward": r} for a, r in (("7", 0.2), ("8", 0.9), ("7", 0.3), (None, -1.0))] + [{"id": "q", "answer": None, "reward": -1.0}]
+    judged, skipped = evolve.pseudo_label(samples, "prm")
+    assert skipped == 1 and [(r["id"], r["pseudo_label"], r["correct"], r["reward"]) for r in judged] == [
+        ("p", "8", False, 0.0), ("p", "8", True, 0.9), ("p", "8", False, 0.0), ("p", "8", False, 0.0)]
+    assert [r["correct"] for r in evolve.pseudo_label(samples, "equal")[0]] == [True, False, True, False]
+    tie = [{"id": "p", "answer": a, "reward": 0.5} for a in ("9", "7")]
+    assert [r["correct"] for r in evolve.pseudo_label(tie, "prm")[0]] == [True, False]  # of equal votes the one sampled first
+
+
+def test_mix_in_halves_the_labelled_prompts_from_its_share_of_training_on():
+    labelled, hidden = [{"id": f"l{i}"} for i in range(16)], [{"id": f"u{i}"} for i in range(16)]
+    for mixin, first in ((0.0, 1), (0.5, 5), (0.75, 7)):
+        args = evolve.Args(unlabeled="vote", mixin=mixin, interval=0.25)
+        counts = [[sum(e["id"].startswith(kind) for e in evolve.choose_prompts(labelled, hidden, t, 8, args)) for kind in "lu"] for t in range(1, 9)]
+        assert counts == [[4, 0] if t < first else [2, 2] for t in range(1, 9)]
+
+
+def test_hidden_answers_reach_no_mode_but_oracle(place):
+    flags = dict(unlabeled="vote", select="top_k")
+    before = {p.name: p.read_bytes() for p in (evolve_as("vote1", place, **flags) / "iter_01").iterdir()}
+    path = place / "data/toy/unlabeled.jsonl"
+    spoiled = [{**{k: v for k, v in row.items() if k not in ("grid", "plan")}, "answer": "999"} for row in rows(path)]
+    common.write_jsonl(path, spoiled)
+    after = {p.name: p.read_bytes() for p in (evolve_as("vote2", place, **flags) / "iter_01").iterdir()}
+    assert before == after and b"unlabeled-" in before["samples.jsonl"]
+    assert all(set(row) == {"id", "image", "question", "choices", "source", "answer", "where"} and row["answer"] is None
+               for row in common.load_examples(path, hidden=True))
+    oracle = rows(evolve_as("oracle", place, **flags | {"unlabeled": "oracle"}) / "iter_01/samples.jsonl")
+    assert not any(r["correct"] for r in oracle if r["id"].startswith("unlabeled"))  # here the revealed answers are wrong
+    voted = [r for r in rows(place / "runs/vote2/03_self_evolve/iter_01/selected.jsonl") if r["id"].startswith("unlabeled")]
+    assert voted and all(r["answer"] == r["pseudo_label"] for r in voted)
+
+
+# ---------------------------------------------------------------- past the paper
+
+def test_a_refreshed_prm_serves_the_iterations_after_it_and_temperatures_go_by_difficulty(place):
+    base = (place / "runs/toy/02_train_prm/model/model.safetensors").read_bytes()
+    args = evolve.Args(**SHORT | dict(prm_refresh=1, temperature="per_class", search_every=1, search_prompts=4, search_grid=[0.5, 1.0], passes=1.0))
+    with pytest.MonkeyPatch.context() as patch:  # stage 02 at its default size would take minutes
+        real = subprocess.run
+        patch.setattr(evolve.subprocess, "run", lambda command: real([*command, "--prompts", "32", "--samples", "6", "--rollouts", "2", "--epochs", "1",
+                                                                      "--held_out", "0.5", "--val_samples", "3"], stdout=subprocess.DEVNULL))
+        evolve.main(args)
+    out = place / "runs/toy/03_self_evolve"
+    fresh = out / "iter_01/02_train_prm/model"
+    assert (fresh / "model.safetensors").read_bytes() != base and evolve.current_prm(out, 2, args) == fresh
+    assert evolve.current_prm(out, 1, args) == place.relative_to(place) / "runs/toy/02_train_prm/model"
+    (search,) = rows(out / "temperature.jsonl")
+    assert set(search["choice"]) == set(search["curves"]) and "all" in search["choice"] and len(search["choice"]) > 1
+    solved = {}
+    for row in rows(out / "iter_01/samples.jsonl"):
+        solved.setdefault(row["id"], []).append(row["correct"])
+    for row in rows(out / "iter_02/samples.jsonl"):
+        kind = "all" if row["id"] not in solved else "hard" if sum(solved[row["id"]]) < 1 else "easy" if sum(solved[row["id"]]) > 1 else "middle"
+        assert row["temperature"] == search["choice"].get(kind, search["choice"]["all"])
+
+
+# ---------------------------------------------------------------- the study
+
+def test_intervals_over_seeds_and_prompts_are_paired_and_collapse_without_spread():
+    flat = evaluate.crossed_interval(np.ones((3, 5)) * 0.25, 100)
+    assert (flat["mean"], flat["low"], flat["high"]) == (0.25, 0.25, 0.25)
+    wide = evaluate.crossed_interval(np.array([[0.0] * 50, [1.0] * 50]), 500)  # all the spread is between the seeds
+    assert wide["mean"] == 0.5 and wide["low"] == 0.0 and wide["high"] == 1.0
+
+
+def test_the_study_table_holds_hand_counted_means_and_paired_differences():
+    made = [{"name": name, "seed": seed, "paper_id": 1.0, "paper_ood": 2.0, "samples": 8, "steps": 3, "verdicts": {"test": v, "ood": v}}
+            for name, seed, v in (("A", 0, [1, 1, 0, 0]), ("B", 0, [1, 0, 0, 0]), ("A", 1, [1, 1, 1, 0]), ("B", 1, [1, 1, 0, 0]), ("A", 2, [0, 0, 0, 0]))]
+    table = evaluate.study_table(made, evaluate.Args(against=["A/B"], resamples=200)).splitlines()
+    assert table[2].startswith("| A | 41.7 [") and "| 3 | 1.0 / 2.0 | 8 | 3 |" in table[2] and table[3].startswith("| B | 37.5 [")
+    assert table[-1].startswith("| A - B | +25.0 [") and table[-1].endswith("| 2 |")  # the two seeds that both rows have
+
+
+def test_a_killed_study_goes_on_without_repeating_finished_rows(world, tmp_path):
+    shutil.copytree(world, tmp_path / "data/toy")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    command = [sys.executable, str(ROOT / "tests/study.py"), "--seeds", "0", "--only", "warm-up", "Top-2", "base", "--extra01", "--steps 4 --samples 4",
+               "--extra02", "--prompts 30 --samples 6 --rollouts 2 --epochs 1 --held_out 0.4 --val_samples 4",
+               "--extra", "--passes 1 --interval 0.5 --samples 3 --steps 4"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    table, evolving = tmp_path / "runs/study/rows.jsonl", tmp_path / "runs/study/seed0/Top-2/03_self_evolve/iter_01"
+    driver = subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
+    while not evolving.exists():
+        assert driver.poll() is None
+        time.sleep(0.02)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    first, made = table.read_text(), (tmp_path / "runs/study/seed0/02_train_prm/metrics.json").stat().st_mtime_ns
+    assert [r["name"] for r in rows(table)] == ["warm-up"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert table.read_text().startswith(first) and [r["name"] for r in rows(table)] == ["warm-up", "Top-2", "base"]
+    assert (tmp_path / "runs/study/seed0/02_train_prm/metrics.json").stat().st_mtime_ns == made
+    assert all(len(r["verdicts"]["test"]) == 6 and len(r["verdicts"]["ood"]) == 4 for r in rows(table)) and rows(table)[1]["samples"] == 32 * 3
+
+
+def test_study_rows_name_flags_that_stage_03_knows():
+    parser = common.HfArgumentParser(evolve.Args)
+    for name, (_, _, flags) in study.ROWS.items():
+        if flags is not None:
+            assert evolve.check_flags(parser.parse_args_into_dataclasses(flags.split())[0]) >= 1, name
+    assert len({study.folder_of(name) for name in study.ROWS}) == len(study.ROWS)
