@@ -109,17 +109,18 @@ def test_metrics_and_temperature_follow_from_the_samples(finished):
 def test_evaluation_reports_every_policy_with_counts_and_intervals(finished):
     out = finished[0] / "runs/toy/04_eval"
     predictions, report = rows(out / "predictions.jsonl"), json.loads((out / "report.json").read_text())
-    assert list(report) == ["test", "ood"] and len(predictions) == (5 + 4) * 3 * (1 + 3)
-    for split, policies in report.items():
+    assert list(report) == ["test", "ood", "prm"] and len(predictions) == (6 + 4) * 3 * (1 + 3)
+    for split, policies in list(report.items())[:2]:
         assert list(policies) == ["base", "warm-up", "M-STaR"]
         for name, figures in policies.items():
             mine = [p for p in predictions if (p["split"], p["policy"]) == (split, name)]
-            n = {"test": 5, "ood": 4}[split]
+            n = {"test": 6, "ood": 4}[split]
             assert figures["greedy"]["mean"] == pytest.approx(sum(p["correct"] for p in mine if p["temperature"] == 0) / n)
             assert figures["sample"]["mean"] == pytest.approx(sum(p["correct"] for p in mine if p["temperature"] > 0) / n / 3)
             assert figures["unparsable"]["mean"] == pytest.approx(sum(p["answer"] is None for p in mine if p["temperature"] > 0) / n / 3)
             assert all(f["low"] <= f["mean"] <= f["high"] and f["n"] == n for f in figures.values())
-    assert "PRM-weighted vote" in (out / "report.md").read_text() and (out / "dynamics.png").read_bytes()[:4] == b"\x89PNG"
+    assert list(report["prm"]["verifier"]) == ["1", "2", "3"] and report["prm"]["verifier"]["1"]["best_of_n"] == report["prm"]["verifier"]["1"]["majority"]
+    assert (out / "prm.png").read_bytes()[:4] == b"\x89PNG" and "PRM-weighted vote" in (out / "report.md").read_text() and (out / "dynamics.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_every_stage_says_what_to_run_next(finished):
