@@ -55,6 +55,11 @@ class CommonArgs:
     rows: int = flag(1024, "responses decoded or scored at once; lower it when memory runs out")
     chunk: int = flag(256, "prompts between two writes to disk: what a killed run may lose")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
+    dtype: str = flag("auto", "of the weights: float32, bfloat16, or auto: bfloat16 on a GPU, float32 on a CPU")
+    attention: str = flag("auto", "attention implementation: a name transformers knows, or auto: flash_attention_2 where it is installed, else sdpa")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
+    freeze_vision: bool = flag(False, "do not train the vision tower")
+    max_pixels: int = flag(0, "cap on the pixels of one image after the processor's resizing, thumbnail aside; 0 leaves the processor's own")
     micro_batch: int = flag(32, "responses in one forward and backward pass; lower it when memory runs out")
     save_every: int = flag(50, "optimizer steps between two checkpoints")
     seed: int = flag(0, "every random choice follows from it")
@@ -192,7 +197,7 @@ def open_run(args, stage: str, inputs: dict) -> Path:
         raise InputError(f"another process is writing {out}; wait for it or choose another --runs") from None
     LOCKS.append(lock)
     harmless = ("overwrite", "runs", "device")
-    now = {"flags": {k: v for k, v in asdict(args).items() if k not in harmless},
+    now = {"flags": {k: v for k, v in asdict(args).items() if k not in harmless} | {"dtype": str(dtype_of(args)).removeprefix("torch.")},
            "inputs": {k: str(p) if k in hub else digest(p) for k, p in inputs.items()}}
     if args.overwrite:
         if any(out.iterdir()) and not (out / "run.json").exists() and set(os.listdir(out)) != {".lock"}:
@@ -211,7 +216,7 @@ def open_run(args, stage: str, inputs: dict) -> Path:
 
 
 def save_checkpoint(folder: Path, policy, optimizer, state: dict) -> None:
-    """Save policy (a Hugging Face folder), AdamW moments (safetensors) and `state` (JSON, with "step") as one.
+    """Save policy (a Hugging Face folder), AdamW moments and masters (safetensors) and `state` (JSON, with "step") as one.
 
     Files go to a new folder first; replacing state.json is the one moment at which the new checkpoint counts.
     """
@@ -220,8 +225,11 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict) -> None:
     new = folder / f"step_{state['step']:06d}"
     shutil.rmtree(new, ignore_errors=True)
     save_model(policy, new / "policy")
-    names = {p: n for n, p in policy.model.named_parameters()}
-    moments = {f"{names[p]}.{key}": value.contiguous() for p, s in optimizer.state.items() for key, value in s.items()}
+    moments = {}
+    for name, p in policy.model.named_parameters():
+        master = masters_of(optimizer).get(p, p)
+        moments |= {f"{name}.{key}": value.contiguous() for key, value in optimizer.state.get(master, {}).items()}
+        moments |= {f"{name}.master": master.detach()} if master is not p else {}
     save_file(moments, new / "optimizer.safetensors")
     write_json(folder / "state.json", state)
     for old in folder.glob("step_*"):
@@ -239,9 +247,11 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
     with safe_open(saved / "optimizer.safetensors", "pt") as moments:
         keys = set(moments.keys())
         for name, p in policy.model.named_parameters():
-            if f"{name}.step" in keys:
-                optimizer.state[p] = {k: moments.get_tensor(f"{name}.{k}").to(p.device if k != "step" else "cpu")
-                                      for k in ("step", "exp_avg", "exp_avg_sq")}
+            master = masters_of(optimizer).get(p, p)
+            if f"{name}.step" in keys:  # the fused AdamW wants its step count beside the weight
+                optimizer.state[master] = {k: moments.get_tensor(f"{name}.{k}").to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
+            if master is not p:
+                master.data.copy_(moments.get_tensor(f"{name}.master"))
     return state
 
 
@@ -385,19 +395,81 @@ class Policy:
         return self.processor.tokenizer
 
 
+def dtype_of(args) -> torch.dtype:
+    """The dtype of the weights that --dtype asks for on --device."""
+    names = {"auto": torch.float32 if args.device == "cpu" else torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if args.dtype not in names:
+        raise InputError(f"--dtype {args.dtype} is not one of {', '.join(names)}")
+    return names[args.dtype]
+
+
+def vision_tower(model) -> torch.nn.Module:
+    """The vision tower of any family, by the names it goes by; Qwen-VL's (`visual`) includes the projection to the language model.
+
+    Raises InputError, with the names that are there, if the model has none of them.
+    """
+    for inner in (model, model.base_model):
+        for name in ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "vpm", "img_processor"):
+            if isinstance(getattr(inner, name, None), torch.nn.Module):
+                return getattr(inner, name)
+    raise InputError(f"--freeze_vision finds no vision tower in {type(model).__name__}, whose parts are {[n for n, _ in model.base_model.named_children()]}")
+
+
+def cap_pixels(processor, config, pixels: int) -> None:
+    """Cap the pixels of one image by the processor's own resolution settings, which are the families' one difference here.
+
+    Training, scoring and vLLM all read these settings from the processor (and save_model writes them beside the weights).
+    An image keeps at least one tile, so a cap below one tile is refused, as is any cap for a family without such a setting.
+    """
+    image, size = processor.image_processor, dict(processor.image_processor.size or {})
+
+    def tiles(tile: int) -> int:  # how many tiles of so many pixels the cap allows
+        if tile > pixels:
+            raise InputError(f"--max_pixels {pixels} is below the {tile} pixels that {type(image).__name__} always makes of an image; raise it")
+        return pixels // tile
+
+    if hasattr(image, "merge_size"):  # Qwen-VL: "edges" that are areas
+        tiles((image.patch_size * image.merge_size) ** 2)
+        image.size = {"shortest_edge": min(size["shortest_edge"], pixels), "longest_edge": min(size["longest_edge"], pixels)}
+    elif hasattr(image, "max_slice_nums"):  # MiniCPM-V
+        image.max_slice_nums = min(image.max_slice_nums, tiles(image.scale_resolution ** 2))
+    elif hasattr(image, "image_grid_pinpoints"):  # LLaVA: the model unpads by the same list
+        tiles(min(height * width for height, width in image.image_grid_pinpoints))
+        image.image_grid_pinpoints = config.image_grid_pinpoints = [[h, w] for h, w in image.image_grid_pinpoints if h * w <= pixels]
+    elif hasattr(image, "max_image_size"):  # Idefics3, SmolVLM: the longest edge, a whole number of tiles
+        tile = image.max_image_size["longest_edge"]
+        image.size = {"longest_edge": min(size["longest_edge"], math.isqrt(tiles(tile * tile)) * tile)}
+    elif hasattr(image, "max_patches"):  # InternVL
+        image.max_patches = min(image.max_patches, tiles(size["height"] * size["width"]))
+    elif {"height", "width"} <= size.keys():  # Gemma 3 and others of one fixed size
+        tiles(size["height"] * size["width"])
+    else:
+        raise InputError(f"--max_pixels knows no resolution setting of {type(image).__name__}; leave it at 0 and set the checkpoint's preprocessor_config.json")
+
+
 def load_policy(path, args) -> Policy:
-    """Load a Hugging Face image-text-to-text checkpoint in float32, in eval mode.
+    """Load a Hugging Face image-text-to-text checkpoint in the dtype that --dtype asks for, in eval mode.
 
     Raises InputError for a folder that is no checkpoint, or the checkpoint of a text-only model.
     """
+    dtype = dtype_of(args)
+    flash = args.attention == "auto" and args.device != "cpu" and dtype == torch.bfloat16 and transformers.utils.is_flash_attn_2_available()
+    attention = "flash_attention_2" if flash else None if args.attention == "auto" else args.attention  # None is sdpa where the model has it
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
         if type(config) not in AutoModelForImageTextToText._model_mapping and not hasattr(config, "auto_map"):
             raise InputError(f"{path} holds a {config.model_type} model, which takes no images; name a vision-language checkpoint")
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be loaded as a Hugging Face checkpoint: {str(error).splitlines()[0]}") from None
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        hint = "; if you trust that code, pass --trust_remote_code" if "trust_remote_code" in str(error) else ""
+        raise InputError(f"{path} cannot be loaded as a Hugging Face checkpoint: {str(error).strip().splitlines()[0]}{hint}") from None
+    if args.max_pixels:
+        cap_pixels(processor, model.config, args.max_pixels)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # acts in train mode only
+    if args.freeze_vision:
+        vision_tower(model).requires_grad_(False)
     eos = model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
     eos = eos if isinstance(eos, list) else [eos]
     pad = processor.tokenizer.pad_token_id
@@ -427,7 +499,7 @@ def save_model(policy: Policy, path) -> None:
 
 def load_weights(policy: Policy, path) -> None:
     """Copy the weights of a checkpoint folder into a model of the same shape."""
-    fresh = type(policy.model).from_pretrained(path, dtype=torch.float32)
+    fresh = type(policy.model).from_pretrained(path, config=policy.model.config, dtype=policy.model.dtype)  # class and config are here: no remote code is looked up
     policy.model.load_state_dict(fresh.state_dict())
 
 
@@ -836,9 +908,41 @@ def epoch_batches(n: int, size: int, steps: int, *key) -> list[list[int]]:
     return batches[:steps]
 
 
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW for bfloat16 weights: moments, gradients and a master copy of every weight in float32, 18 bytes per weight in all.
+
+    bfloat16 has 8 significant bits, so a step of lr 1e-6 on a weight of 0.01 would be rounded away; the master gathers such
+    steps until they show. `fit` moves a gradient to the master as soon as it is whole, so micro-batches add up in float32 too.
+    """
+
+    def __init__(self, weights, **settings):
+        self.masters = {w: torch.nn.Parameter(w.detach().float()) for w in weights}
+        super().__init__(self.masters.values(), **settings)
+
+    def gather(self, weight):
+        """Move a weight's gradient to its master."""
+        master = self.masters[weight]
+        master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+        weight.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        """One AdamW step of the masters, then the weights are the masters, rounded."""
+        super().step()
+        for weight, master in self.masters.items():
+            weight.copy_(master)
+
+
+def masters_of(optimizer) -> dict:
+    """{weight: float32 master} of an optimizer; empty where the weights are float32 and need none."""
+    return getattr(optimizer, "masters", {})
+
+
 def make_optimizer(policy: Policy) -> torch.optim.AdamW:
-    """AdamW over every weight of the model; its rate is set before every step by `fit`."""
-    return torch.optim.AdamW(policy.model.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    """AdamW over every weight that is trained, its state in float32; its rate is set before every step by `fit`."""
+    weights = [p for p in policy.model.parameters() if p.requires_grad]
+    kind = torch.optim.AdamW if policy.model.dtype == torch.float32 else MasterAdamW
+    return kind(weights, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
 def learning_rate(step: int, peak: float, warmup: int) -> float:
@@ -859,8 +963,10 @@ def fit(policy: Policy, optimizer, batches: list, loss_of, args, label: str, sta
     Raises InputError if the loss is not finite.
     """
     state = state or {"step": 0, "batch": 0, "tokens": 0, "loss": 0.0}
+    weights, attention = [p for group in optimizer.param_groups for p in group["params"]], policy.model.config._attn_implementation
+    hooks = [weight.register_post_accumulate_grad_hook(optimizer.gather) for weight in masters_of(optimizer)]
     policy.model.train()
-    if args.device == "cpu":
+    if args.device == "cpu" and args.attention == "auto":
         policy.model.set_attn_implementation("eager")  # measured: the masked backward pass of SDPA is slower on a CPU
     for batch in tqdm(batches[state["batch"]:], desc=label, initial=state["batch"], total=len(batches)):
         for group in optimizer.param_groups:
@@ -872,16 +978,18 @@ def fit(policy: Policy, optimizer, batches: list, loss_of, args, label: str, sta
             loss, count = loss + part.item(), count + tokens
         if not math.isfinite(loss):
             raise InputError(f"{label}: the loss is {loss} at step {state['step']}; lower --learning_rate or look at the data of this step")
-        for p in policy.model.parameters():
+        for p in weights:
             if p.grad is not None:
                 p.grad /= max(count, 1)  # the mean over the tokens of the whole batch, however it was cut
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         state = {**state, "step": state["step"] + 1, "batch": state["batch"] + 1, "tokens": state["tokens"] + count,
                  "loss": state["loss"] + loss / max(count, 1)}
         if save and state["batch"] % args.save_every == 0:
             save(state)
-    policy.model.set_attn_implementation("sdpa")
+    for hook in hooks:
+        hook.remove()
+    policy.model.set_attn_implementation(attention)
     policy.model.eval()
     return state

@@ -199,6 +199,123 @@ def test_a_checkpoint_is_safetensors_and_json_and_a_half_written_one_does_not_co
     assert common.load_checkpoint(tmp_path, policy, optimizer)["step"] == 2
 
 
+# ---- dtypes, memory, vision tower, attention
+
+def test_updates_below_bfloat16_rounding_add_up_in_the_master():
+    """2,000 AdamW steps of lr 1e-6 against a constant gradient move a weight of 0.1 by 0.002; bfloat16 alone, whose grid is 0.0005 there, by nothing."""
+    ends = []
+    for kind in (torch.optim.AdamW, common.MasterAdamW):
+        weight = torch.nn.Parameter(torch.full((4,), 0.1, dtype=torch.bfloat16))
+        optimizer = kind([weight], lr=1e-6, weight_decay=0.0)
+        for _ in range(2000):
+            weight.sum().backward()
+            if kind is common.MasterAdamW:
+                optimizer.gather(weight)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            weight.grad = None
+        ends.append(weight.tolist()[0])
+    start = torch.tensor(0.1).bfloat16().item()
+    assert ends[0] == start and ends[1] == pytest.approx(start - 0.002, abs=0.0003)
+
+
+def test_a_bfloat16_policy_is_trained_along_the_path_of_a_float32_one(tiny, examples, args):
+    args.learning_rate, args.warmup_steps, moved = 1e-6, 0, []
+    for args.dtype in ("bfloat16", "float32"):
+        policy = common.load_policy(tiny, args)
+        optimizer = common.make_optimizer(policy)
+        before = [w.detach().clone() for group in optimizer.param_groups for w in group["params"]]
+        train(policy, optimizer, examples, args)
+        after = [w for group in optimizer.param_groups for w in group["params"]]
+        moved.append(torch.cat([(a - b).detach().flatten() for a, b in zip(after, before)]))
+        assert {w.dtype for w in after} == {torch.float32} and {w.dtype for w in policy.model.parameters()} == {common.dtype_of(args)}
+        assert all(torch.equal(p, common.masters_of(optimizer).get(p, p).to(p.dtype)) for p in policy.model.parameters())
+    assert 2e-6 < moved[0].abs().mean() < 7e-6 and F.cosine_similarity(*moved, dim=0) > 0.7  # six steps of about 1e-6, in the same direction
+
+
+def test_bfloat16_training_continues_to_the_bit_after_a_restart(tiny, examples, args, tmp_path):
+    args.dtype = "bfloat16"
+    policy = common.load_policy(tiny, args)
+    optimizer = common.make_optimizer(policy)
+    train(policy, optimizer, examples, args)
+    policy_two = common.load_policy(tiny, args)
+    train(policy_two, common.make_optimizer(policy_two), examples, args, stop=4, folder=tmp_path)
+    policy_two = common.load_policy(tiny, args)
+    again = common.make_optimizer(policy_two)
+    train(policy_two, again, examples, args, common.load_checkpoint(tmp_path, policy_two, again))
+    masters = [dict(zip(p.model.state_dict(), [*o.masters.values()])) for p, o in ((policy, optimizer), (policy_two, again))]
+    assert same(*masters) and same(policy.model.state_dict(), policy_two.model.state_dict())
+    moments = [[s[k] for s in o.state.values() for k in s] for o in (optimizer, again)]
+    assert len(moments[0]) == len(moments[1]) > 0 and all(map(torch.equal, *moments))
+
+
+def test_a_new_optimizer_on_the_same_bfloat16_policy_trains_it(tiny, examples, args):
+    args.dtype = "bfloat16"
+    policy = common.load_policy(tiny, args)
+    for _ in range(2):
+        before = copy.deepcopy(policy.model.state_dict())
+        train(policy, common.make_optimizer(policy), examples, args, batches=range(2))
+        assert not same(before, policy.model.state_dict())
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny, examples, args):
+    weights = []
+    for args.gradient_checkpointing in (False, True):
+        policy = common.load_policy(tiny, args)
+        train(policy, common.make_optimizer(policy), examples, args)
+        weights.append(policy.model.state_dict())
+    assert same(*weights) and any(getattr(m, "gradient_checkpointing", False) for m in policy.model.modules())
+
+
+def test_a_frozen_vision_tower_stays_and_the_rest_learns(tiny, examples, args):
+    args.freeze_vision = True
+    policy = common.load_policy(tiny, args)
+    before = copy.deepcopy(policy.model.state_dict())
+    train(policy, common.make_optimizer(policy), examples, args)
+    moved = {n for n, w in policy.model.state_dict().items() if not torch.equal(w, before[n])}
+    assert not [n for n in moved if "vision_model" in n] and {"model.connector.modality_projection.proj.weight", "model.text_model.norm.weight"} <= moved
+
+
+def test_the_attention_that_was_asked_for_is_used_and_stays_after_training(tiny, examples, args, monkeypatch):
+    for args.attention, chosen, trained in (("auto", "sdpa", "eager"), ("sdpa", "sdpa", "sdpa"), ("eager", "eager", "eager")):
+        policy, used = common.load_policy(tiny, args), []
+        loss = common.sft_loss
+        monkeypatch.setattr(common, "sft_loss", lambda p, *a: (used.append(p.model.config.text_config._attn_implementation), loss(p, *a))[1])
+        assert policy.model.config.text_config._attn_implementation == chosen
+        train(policy, common.make_optimizer(policy), examples, args, batches=range(1))
+        assert policy.model.config.text_config._attn_implementation == chosen and used == [trained]
+        monkeypatch.undo()
+    args.attention = "no_such"
+    with pytest.raises(common.InputError, match="cannot be loaded .*no_such"):
+        common.load_policy(tiny, args)
+
+
+def test_remote_code_runs_only_when_it_is_asked_for(tiny, examples, args, tmp_path):
+    """A checkpoint whose classes come with it, as those of the paper's three models do."""
+    mine = shutil.copytree(tiny, tmp_path / "mine")
+    (mine / "mine.py").write_text("from transformers import Idefics3Config, Idefics3ForConditionalGeneration\n"
+                                  "class MineConfig(Idefics3Config):\n    model_type = 'mine'\n"
+                                  "class Mine(Idefics3ForConditionalGeneration):\n    config_class = MineConfig\n")
+    config = json.loads((mine / "config.json").read_text())
+    (mine / "config.json").write_text(json.dumps({**config, "model_type": "mine", "architectures": ["Mine"],
+                                                  "auto_map": {"AutoConfig": "mine.MineConfig", "AutoModelForImageTextToText": "mine.Mine"}}))
+    with pytest.raises(common.InputError, match="custom code .* pass --trust_remote_code"):
+        common.load_policy(mine, args)
+    args.trust_remote_code = True
+    policy = common.load_policy(mine, args)
+    assert type(policy.model).__name__ == "Mine"
+    train(policy, common.make_optimizer(policy), examples, args, batches=range(1), folder=tmp_path / "c")
+    again = common.load_policy(mine, args)
+    common.load_checkpoint(tmp_path / "c", again, common.make_optimizer(again))
+    assert same(again.model.state_dict(), policy.model.state_dict())
+
+
+def test_a_dtype_that_is_neither_is_refused(tiny, args):
+    args.dtype = "int8"
+    with pytest.raises(common.InputError, match="--dtype int8 is not one of auto, float32, bfloat16"):
+        common.load_policy(tiny, args)
+
+
 # ---- the PRM
 
 def hand_made(policy):
