@@ -581,12 +581,22 @@ def seed_of(*parts) -> int:
 
 
 def take_rows(policy: Policy, cache, mask: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Keep, repeat or reorder the rows of a key-value cache, in place, and of its attention mask (B, L), returned."""
-    cache.batch_select_indices(index)
+    """Keep, repeat or reorder the rows of a cache, in place, and of its attention mask (B, L), returned."""
+    for layer in cache.layers:  # the layers of linear attention (MiniCPM-V 4.6) hold a state, not keys and values, and have the second method only
+        getattr(layer, "batch_select_indices", layer.reorder_cache)(index)
     inner = policy.model.base_model
     if getattr(inner, "rope_deltas", None) is not None:  # families with 3-D positions keep one offset per row
         inner.rope_deltas = inner.rope_deltas[index]
     return mask[index]
+
+
+def cached_positions(policy: Policy, mask: torch.Tensor, width: int) -> dict:
+    """{"position_ids": (3, B, width)} of the last tokens of mask (B, L) behind a cache, for families with 3-D positions (Qwen-VL); else {}.
+
+    Left to itself their forward pass would take the positions of the whole mask; the other families count on from their cache.
+    """
+    deltas = getattr(policy.model.base_model, "rope_deltas", None)  # (B, 1) next position minus tokens so far
+    return {} if deltas is None else {"position_ids": (mask.cumsum(-1)[:, -width:] - 1 + deltas).expand(3, -1, -1)}
 
 
 def slices_of_rows(groups: list[list], rows: int) -> list[slice]:
@@ -688,7 +698,8 @@ def decode(policy: Policy, batch: dict, seeds, prefixes, temperature: float, arg
             keep = alive.nonzero()[:, 0]
             rows, token, alive, mask = rows[keep], token[keep], alive[keep], take_rows(policy, cache, mask, keep)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        logits = policy.model(input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        logits = policy.model(input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True,
+                              **cached_positions(policy, mask, 1)).logits[:, -1].float()
     tokens, length = tokens.tolist(), length.tolist()
     return [(prefixes[i] + tokens[k][:length[k]], ended) for k, (i, ended) in enumerate(zip(owner.tolist(), finished.tolist()))]
 
@@ -773,8 +784,9 @@ def score_batch(prm: Policy, examples, responses, args) -> list[list[list[float]
             inner.rope_deltas = deltas
         mask = take_rows(prm, cache, batch["attention_mask"], owner[part])  # (b, L)
         tails = append_tokens({"input_ids": mask[:, :0], "attention_mask": mask[:, :0]}, [flat[k] for k in part], prm.pad_id)
-        hidden = inner(input_ids=tails["input_ids"], attention_mask=torch.cat([mask, tails["attention_mask"]], 1),
-                       past_key_values=cache, use_cache=True).last_hidden_state  # (b, W, H)
+        mask = torch.cat([mask, tails["attention_mask"]], 1)  # (b, L + W)
+        hidden = inner(input_ids=tails["input_ids"], attention_mask=mask, past_key_values=cache, use_cache=True,
+                       **cached_positions(prm, mask, tails["input_ids"].shape[1])).last_hidden_state  # (b, W, H)
         good = iter(step_logits(prm, hidden, [ends[k] for k in part], 0).sigmoid().tolist())
         for k in part:
             scores[k] = [next(good) for _ in ends[k]]
