@@ -92,6 +92,74 @@ def test_an_over_long_prompt_is_refused_with_file_and_line(policy, examples, arg
         common.check_longest_prompts(policy, examples, args)
 
 
+def test_logprobs_on_demand_are_those_of_an_uncached_forward_pass(policy, examples, args):
+    prefixes = [policy.tokenizer("1 + 2 =")["input_ids"], [], []]
+    rows = common.generate(policy, examples[:3], seeds(examples[:3], 2, "l"), 1.0, args, prefixes, logprobs=True)
+    for example, prefix, row in zip(examples, prefixes, rows):
+        for response in row:
+            sampled = response.token_ids + [policy.eos_ids[0]] * response.finished
+            batch = common.encode_prompts(policy, [example], args)
+            start = batch["input_ids"].shape[1] + len(prefix)
+            logits = policy.model(**common.append_tokens(batch, [sampled], policy.pad_id)).logits[0, start - 1:-1]
+            wanted = logits.log_softmax(-1).gather(1, torch.tensor(sampled[len(prefix):])[:, None])[:, 0]
+            assert response.logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert common.generate(policy, examples[:1], [[0]], 1.0, args)[0][0].logprobs is None
+
+
+# ---- the choice of the engine, and what stops a wrong one (test_vllm.py runs the engine itself)
+
+def test_without_vllm_auto_is_transformers_and_says_why(monkeypatch, capsys):
+    monkeypatch.setattr(common, "vllm_lacks", lambda device: "vLLM is not installed")
+    choose = common.choose_engine.__wrapped__
+    assert choose("auto", "cpu") == "transformers" and capsys.readouterr().out == "engine: transformers (vLLM is not installed)\n"
+    with pytest.raises(common.InputError, match="--engine vllm cannot run: vLLM is not installed"):
+        choose("vllm", "cpu")
+    monkeypatch.setattr(common, "vllm_lacks", lambda device: "")
+    assert choose("auto", "cuda") == choose("vllm", "cuda") == "vllm" and choose("transformers", "cuda") == "transformers"
+    with pytest.raises(common.InputError, match="--engine vlm is not one of"):
+        choose("vlm", "cpu")
+
+
+class Engine:
+    """Stands for vLLM's LLM object: notes that it was shut down."""
+
+    def __init__(self):
+        self.llm_engine, self.engine_core, self.closed = self, self, False
+
+    def shutdown(self):
+        self.closed = True
+
+
+def test_an_engine_is_closed_before_its_weights_are_old(tiny, policy, examples, args, tmp_path):
+    def alive():
+        common.ENGINES.append((policy, Engine(), "cpu"))
+        return common.ENGINES[0][1]
+    optimizer, engine = common.make_optimizer(policy), alive()
+    train(policy, optimizer, examples, args, batches=range(1), folder=tmp_path)
+    assert engine.closed and not common.ENGINES
+    engine = alive()
+    common.load_checkpoint(tmp_path, policy, optimizer)
+    assert engine.closed and not common.ENGINES
+    engine = alive()
+    common.load_policy(tiny, args)
+    assert engine.closed and not common.ENGINES
+
+
+def test_the_probe_stops_at_other_logprobs_and_at_other_prompt_ids_and_passes_a_near_tie(policy, examples, args, monkeypatch):
+    def probe(ids, tokens, logprobs):
+        outputs = [type("Output", (), {"prompt_token_ids": ids})]
+        monkeypatch.setattr(common, "ask_engine", lambda *a: (outputs, [[common.Response(tokens, "", True, logprobs)]]))
+        return common.probe_engine(policy, None, examples[0], [5, 6], common.Response([1, 2], "", True, [-0.5, -1.0, -0.1]), args)
+    assert probe([5, 6], [1, 2], [-0.51, -1.0, -0.1]) == pytest.approx(0.01)
+    assert probe([5, 6], [1, 3], [-0.5, -1.001, -9.0]) == pytest.approx(0.001)  # another token of the same logprob: the rest is not comparable
+    with pytest.raises(common.InputError, match="greedy logprob 1 of .* is -1.5000 there, -1.0000 in the trainer"):
+        probe([5, 6], [1, 2], [-0.5, -1.5, -0.1])
+    for other, place in (([5, 7], "token 1 of the prompt: trainer 6, vLLM 7"), ([5], "token 1 of the prompt: trainer 6, vLLM None"),
+                         ([2, 5, 6], "token 0 of the prompt: trainer 5, vLLM 2"), ([5, 6, 6], "token 2 of the prompt: trainer None, vLLM 6")):
+        with pytest.raises(common.InputError, match=place):
+            probe(other, [1, 2], [-0.5, -1.0, -0.1])
+
+
 # ---- SFT
 
 def test_loss_falls_on_the_response_and_its_closing_eos_only(policy, examples, args):
