@@ -36,7 +36,7 @@ from typing import Literal
 
 import torch
 
-from common import (CommonArgs, InputError, ScoringArgs, append_chunks, check_longest_prompts, distinct, epoch_batches, fit, flag, grouped,
+from common import (CommonArgs, InputError, ScoringArgs, append_chunks, check_longest_prompts, close_engine, distinct, epoch_batches, fit, flag, grouped,
                     learning_rate, load_checkpoint, load_examples, load_policy, load_prm, load_weights, make_optimizer, open_run, pass_at_k, read_jsonl,
                     reward_pass_at_k, run_stage, sample_rows, save_checkpoint, save_model, search_temperature, seed_of, sft_loss, top_k, vote, write_jsonl)
 
@@ -173,6 +173,7 @@ def refresh_prm(out: Path, folder: Path, state: dict, args: Args) -> None:
         "runs": folder, "policy": out / "checkpoint" / f"step_{state['step']:06d}" / "policy", "data": args.data, "val": args.val,
         "aggregate": args.aggregate, "overwrite": False}
     command = [sys.executable, str(Path(__file__).with_name("02_train_prm.py")), *(f"--{name}={value}" for name, value in flags.items())]
+    close_engine()  # the other process needs its memory
     if subprocess.run(command).returncode:
         raise InputError(f"stage 02 failed; its message is above, its command was: {' '.join(command)}")
 

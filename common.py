@@ -6,6 +6,7 @@ comments where the code meets them. Every function can be lifted on its own; not
 
 import argparse
 import fcntl
+import gc
 import hashlib
 import importlib.util
 import json
@@ -14,9 +15,11 @@ import os
 import re
 import shutil
 import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -57,6 +60,14 @@ class CommonArgs:
     rows: int = flag(1024, "responses decoded or scored at once; lower it when memory runs out")
     chunk: int = flag(256, "prompts between two writes to disk: what a killed run may lose")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
+    dtype: str = flag("auto", "of the weights: float32, bfloat16, or auto: bfloat16 on a GPU, float32 on a CPU")
+    attention: str = flag("auto", "attention implementation: a name transformers knows, or auto: flash_attention_2 where it is installed, else sdpa")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
+    freeze_vision: bool = flag(False, "do not train the vision tower")
+    max_pixels: int = flag(0, "cap on the pixels of one image after the processor's resizing, thumbnail aside; 0 leaves the processor's own")
+    engine: str = flag("auto", "what generates: vllm, transformers, or auto: vLLM where it is installed for --device, else transformers")
+    engine_memory: float = flag(0.45, "share of the GPU's memory (on a CPU: of the host's) that vLLM takes while it runs")
+    offload: bool = flag(False, "keep the trainer's weights and optimizer in host memory while vLLM runs")
     micro_batch: int = flag(32, "responses in one forward and backward pass; lower it when memory runs out")
     save_every: int = flag(50, "optimizer steps between two checkpoints")
     seed: int = flag(0, "every random choice follows from it")
@@ -203,8 +214,9 @@ def open_run(args, stage: str, inputs: dict) -> Path:
     except BlockingIOError:
         raise InputError(f"another process is writing {out}; wait for it or choose another --runs") from None
     LOCKS.append(lock)
-    harmless = ("overwrite", "runs", "device")
-    now = {"flags": {k: v for k, v in asdict(args).items() if k not in harmless},
+    harmless = ("overwrite", "runs", "device", "engine_memory", "offload")
+    now = {"flags": {k: v for k, v in asdict(args).items() if k not in harmless}
+                     | {"dtype": str(dtype_of(args)).removeprefix("torch."), "engine": choose_engine(args.engine, args.device)},
            "inputs": {k: str(p) if k in hub else digest(p) for k, p in inputs.items()}}
     if args.overwrite:
         if any(out.iterdir()) and not (out / "run.json").exists() and set(os.listdir(out)) != {".lock"}:
@@ -223,7 +235,7 @@ def open_run(args, stage: str, inputs: dict) -> Path:
 
 
 def save_checkpoint(folder: Path, policy, optimizer, state: dict) -> None:
-    """Save policy (a Hugging Face folder), AdamW moments (safetensors) and `state` (JSON, with "step") as one.
+    """Save policy (a Hugging Face folder), AdamW moments and masters (safetensors) and `state` (JSON, with "step") as one.
 
     Files go to a new folder first; replacing state.json is the one moment at which the new checkpoint counts.
     """
@@ -232,8 +244,11 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict) -> None:
     new = folder / f"step_{state['step']:06d}"
     shutil.rmtree(new, ignore_errors=True)
     save_model(policy, new / "policy")
-    names = {p: n for n, p in policy.model.named_parameters()}
-    moments = {f"{names[p]}.{key}": value.contiguous() for p, s in optimizer.state.items() for key, value in s.items()}
+    moments = {}
+    for name, p in policy.model.named_parameters():
+        master = masters_of(optimizer).get(p, p)
+        moments |= {f"{name}.{key}": value.contiguous() for key, value in optimizer.state.get(master, {}).items()}
+        moments |= {f"{name}.master": master.detach()} if master is not p else {}
     save_file(moments, new / "optimizer.safetensors")
     write_json(folder / "state.json", state)
     for old in folder.glob("step_*"):
@@ -251,9 +266,11 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
     with safe_open(saved / "optimizer.safetensors", "pt") as moments:
         keys = set(moments.keys())
         for name, p in policy.model.named_parameters():
-            if f"{name}.step" in keys:
-                optimizer.state[p] = {k: moments.get_tensor(f"{name}.{k}").to(p.device if k != "step" else "cpu")
-                                      for k in ("step", "exp_avg", "exp_avg_sq")}
+            master = masters_of(optimizer).get(p, p)
+            if f"{name}.step" in keys:  # the fused AdamW wants its step count beside the weight
+                optimizer.state[master] = {k: moments.get_tensor(f"{name}.{k}").to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
+            if master is not p:
+                master.data.copy_(moments.get_tensor(f"{name}.master"))
     return state
 
 
@@ -393,6 +410,7 @@ class Policy:
     pad_id: int
     banned: list[int] = field(default_factory=list)  # image placeholders: in a response they would ask for one more image
     marks: tuple[int, int] | None = None
+    optimizer: object = None  # the one that trains it, so that --offload can move its state
 
     @property
     def tokenizer(self):
@@ -400,19 +418,82 @@ class Policy:
         return self.processor.tokenizer
 
 
+def dtype_of(args) -> torch.dtype:
+    """The dtype of the weights that --dtype asks for on --device."""
+    names = {"auto": torch.float32 if args.device == "cpu" else torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if args.dtype not in names:
+        raise InputError(f"--dtype {args.dtype} is not one of {', '.join(names)}")
+    return names[args.dtype]
+
+
+def vision_tower(model) -> torch.nn.Module:
+    """The vision tower of any family, by the names it goes by; Qwen-VL's (`visual`) includes the projection to the language model.
+
+    Raises InputError, with the names that are there, if the model has none of them.
+    """
+    for inner in (model, model.base_model):
+        for name in ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "vpm", "img_processor"):
+            if isinstance(getattr(inner, name, None), torch.nn.Module):
+                return getattr(inner, name)
+    raise InputError(f"--freeze_vision finds no vision tower in {type(model).__name__}, whose parts are {[n for n, _ in model.base_model.named_children()]}")
+
+
+def cap_pixels(processor, config, pixels: int) -> None:
+    """Cap the pixels of one image by the processor's own resolution settings, which are the families' one difference here.
+
+    Training, scoring and vLLM all read these settings from the processor (and save_model writes them beside the weights).
+    An image keeps at least one tile, so a cap below one tile is refused, as is any cap for a family without such a setting.
+    """
+    image, size = processor.image_processor, dict(processor.image_processor.size or {})
+
+    def tiles(tile: int) -> int:  # how many tiles of so many pixels the cap allows
+        if tile > pixels:
+            raise InputError(f"--max_pixels {pixels} is below the {tile} pixels that {type(image).__name__} always makes of an image; raise it")
+        return pixels // tile
+
+    if hasattr(image, "merge_size"):  # Qwen-VL: "edges" that are areas
+        tiles((image.patch_size * image.merge_size) ** 2)
+        image.size = {"shortest_edge": min(size["shortest_edge"], pixels), "longest_edge": min(size["longest_edge"], pixels)}
+    elif hasattr(image, "max_slice_nums"):  # MiniCPM-V
+        image.max_slice_nums = min(image.max_slice_nums, tiles(image.scale_resolution ** 2))
+    elif hasattr(image, "image_grid_pinpoints"):  # LLaVA: the model unpads by the same list
+        tiles(min(height * width for height, width in image.image_grid_pinpoints))
+        image.image_grid_pinpoints = config.image_grid_pinpoints = [[h, w] for h, w in image.image_grid_pinpoints if h * w <= pixels]
+    elif hasattr(image, "max_image_size"):  # Idefics3, SmolVLM: the longest edge, a whole number of tiles
+        tile = image.max_image_size["longest_edge"]
+        image.size = {"longest_edge": min(size["longest_edge"], math.isqrt(tiles(tile * tile)) * tile)}
+    elif hasattr(image, "max_patches"):  # InternVL
+        image.max_patches = min(image.max_patches, tiles(size["height"] * size["width"]))
+    elif {"height", "width"} <= size.keys():  # Gemma 3 and others of one fixed size
+        tiles(size["height"] * size["width"])
+    else:
+        raise InputError(f"--max_pixels knows no resolution setting of {type(image).__name__}; leave it at 0 and set the checkpoint's preprocessor_config.json")
+
+
 def load_policy(path, args) -> Policy:
-    """Load a Hugging Face image-text-to-text checkpoint in float32, in eval mode.
+    """Load a Hugging Face image-text-to-text checkpoint in the dtype that --dtype asks for, in eval mode.
 
     Raises InputError for a folder that is no checkpoint, or the checkpoint of a text-only model.
     """
+    close_engine()
+    dtype = dtype_of(args)
+    flash = args.attention == "auto" and args.device != "cpu" and dtype == torch.bfloat16 and transformers.utils.is_flash_attn_2_available()
+    attention = "flash_attention_2" if flash else None if args.attention == "auto" else args.attention  # None is sdpa where the model has it
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
         if type(config) not in AutoModelForImageTextToText._model_mapping and not hasattr(config, "auto_map"):
             raise InputError(f"{path} holds a {config.model_type} model, which takes no images; name a vision-language checkpoint")
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be loaded as a Hugging Face checkpoint: {str(error).splitlines()[0]}") from None
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        hint = "; if you trust that code, pass --trust_remote_code" if "trust_remote_code" in str(error) else ""
+        raise InputError(f"{path} cannot be loaded as a Hugging Face checkpoint: {str(error).strip().splitlines()[0]}{hint}") from None
+    if args.max_pixels:
+        cap_pixels(processor, model.config, args.max_pixels)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # acts in train mode only
+    if args.freeze_vision:
+        vision_tower(model).requires_grad_(False)
     eos = model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
     eos = eos if isinstance(eos, list) else [eos]
     pad = processor.tokenizer.pad_token_id
@@ -442,7 +523,8 @@ def save_model(policy: Policy, path) -> None:
 
 def load_weights(policy: Policy, path) -> None:
     """Copy the weights of a checkpoint folder into a model of the same shape."""
-    fresh = type(policy.model).from_pretrained(path, dtype=torch.float32)
+    close_engine()
+    fresh = type(policy.model).from_pretrained(path, config=policy.model.config, dtype=policy.model.dtype)  # class and config are here: no remote code is looked up
     policy.model.load_state_dict(fresh.state_dict())
 
 
@@ -456,16 +538,18 @@ def user_text(example: dict, instruction: str) -> str:
     return "\n".join([example["question"], *(["Choices:", *options] if options else []), *([instruction] if instruction else [])])
 
 
+def talk_of(example: dict, args) -> list[dict]:
+    """The conversation that a chat template takes: one user turn of the image and the text."""
+    with Image.open(example["image"]) as image:
+        return [{"role": "user", "content": [{"type": "image", "image": image.convert("RGB")}, {"type": "text", "text": user_text(example, args.instruction)}]}]
+
+
 def encode_prompts(policy: Policy, examples: list[dict], args) -> dict[str, torch.Tensor]:
     """Prompts by the processor's own chat template, left-padded: input_ids and attention_mask (B, L), and its image tensors.
 
     Raises InputError, naming file and line, for a prompt of more than args.max_prompt_tokens tokens.
     """
-    talks = []
-    for example in examples:
-        with Image.open(example["image"]) as image:
-            talks.append([{"role": "user", "content": [{"type": "image", "image": image.convert("RGB")},
-                                                       {"type": "text", "text": user_text(example, args.instruction)}]}])
+    talks = [talk_of(example, args) for example in examples]
     batch = policy.processor.apply_chat_template(talks, tokenize=True, add_generation_prompt=True, return_dict=True,
                                                  processor_kwargs=dict(padding=True, padding_side="left", return_tensors="pt"))
     for example, length in zip(examples, batch["attention_mask"].sum(1).tolist()):
@@ -512,6 +596,7 @@ class Response:
     token_ids: list[int]
     text: str
     finished: bool
+    logprobs: list[float] | None = None  # on demand: of each sampled token, the closing EOS included, at temperature 1
 
 
 def seed_of(*parts) -> int:
@@ -524,12 +609,22 @@ def seed_of(*parts) -> int:
 
 
 def take_rows(policy: Policy, cache, mask: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Keep, repeat or reorder the rows of a key-value cache, in place, and of its attention mask (B, L), returned."""
-    cache.batch_select_indices(index)
+    """Keep, repeat or reorder the rows of a cache, in place, and of its attention mask (B, L), returned."""
+    for layer in cache.layers:  # the layers of linear attention (MiniCPM-V 4.6) hold a state, not keys and values, and have the second method only
+        getattr(layer, "batch_select_indices", layer.reorder_cache)(index)
     inner = policy.model.base_model
     if getattr(inner, "rope_deltas", None) is not None:  # families with 3-D positions keep one offset per row
         inner.rope_deltas = inner.rope_deltas[index]
     return mask[index]
+
+
+def cached_positions(policy: Policy, mask: torch.Tensor, width: int) -> dict:
+    """{"position_ids": (3, B, width)} of the last tokens of mask (B, L) behind a cache, for families with 3-D positions (Qwen-VL); else {}.
+
+    Left to itself their forward pass would take the positions of the whole mask; the other families count on from their cache.
+    """
+    deltas = getattr(policy.model.base_model, "rope_deltas", None)  # (B, 1) next position minus tokens so far
+    return {} if deltas is None else {"position_ids": (mask.cumsum(-1)[:, -width:] - 1 + deltas).expand(3, -1, -1)}
 
 
 def slices_of_rows(groups: list[list], rows: int) -> list[slice]:
@@ -567,13 +662,16 @@ class RoomyLayer(DynamicLayer):
 
 
 def generate(policy: Policy, examples: list[dict], seeds: list[list[int]], temperature: float, args,
-             prefixes: list[list[int]] | None = None) -> list[list[Response]]:
+             prefixes: list[list[int]] | None = None, logprobs: bool = False) -> list[list[Response]]:
     """Sample len(seeds[i]) responses to example i, each from its own seed; greedily at temperature 0.
 
     prefixes: token ids with which each response has already begun (a partial assistant turn); they are part of the
     returned token_ids. Every prompt is encoded once for all its samples, and rows that have ended leave the batch, so
-    that no step is spent on them. A sample depends on its seed and its prompt, not on its neighbours.
+    that no step is spent on them. A sample depends on its seed and its prompt, not on its neighbours. With --engine vllm a
+    vLLM engine does all this; it starts when it is first needed and holds the policy's weights until they are trained on.
     """
+    if choose_engine(args.engine, args.device) == "vllm":
+        return engine_generate(policy, examples, seeds, temperature, args, prefixes, logprobs)
     threads, one_by_one = torch.get_num_threads(), args.device != "cpu" or hasattr(policy.model.base_model, "rope_deltas")
     workers = 1 if one_by_one else min(2, threads)  # two batches side by side: small matrices keep one core busy, not two
     parts = slices_of_rows(seeds, min(args.rows, -(-sum(map(len, seeds)) // workers)))
@@ -583,19 +681,21 @@ def generate(policy: Policy, examples: list[dict], seeds: list[list[int]], tempe
     try:
         torch.set_num_threads(threads // workers)
         with ThreadPoolExecutor(workers) as pool:
-            decoded = pool.map(lambda job: decode(policy, *job, temperature, args), jobs) if workers > 1 else (decode(policy, *j, temperature, args) for j in jobs)
+            def run(job):
+                return decode(policy, *job, temperature, args, logprobs)
+            decoded = pool.map(run, jobs) if workers > 1 else map(run, jobs)
             decoded = [pair for part in decoded for pair in part]
     finally:
         torch.set_num_threads(threads)
-    responses = iter([Response(ids, policy.tokenizer.decode(ids, skip_special_tokens=True), ended) for ids, ended in decoded])
+    responses = iter([Response(ids, policy.tokenizer.decode(ids, skip_special_tokens=True), ended, chances) for ids, ended, chances in decoded])
     return [[next(responses) for _ in row] for row in seeds]
 
 
 @torch.inference_mode()
-def decode(policy: Policy, batch: dict, seeds, prefixes, temperature: float, args) -> list[tuple[list[int], bool]]:
+def decode(policy: Policy, batch: dict, seeds, prefixes, temperature: float, args, logprobs: bool = False) -> list[tuple[list[int], bool, list | None]]:
     """One batch of `generate`: prefill the prompts, repeat their caches per sample, then one token per step and row.
 
-    Returns (token ids, ended by itself?) of every sample, prompt by prompt.
+    Returns (token ids, ended by itself?, logprobs or None) of every sample, prompt by prompt.
     """
     device, n = policy.model.device, sum(map(len, seeds))
     owner = torch.tensor([i for i, s in enumerate(seeds) for _ in s], device=device)  # (n,) prompt of each row
@@ -608,11 +708,13 @@ def decode(policy: Policy, batch: dict, seeds, prefixes, temperature: float, arg
     tokens = torch.full((n, args.max_new_tokens), policy.pad_id, device=device)  # (n, T)
     length = torch.full((n,), args.max_new_tokens, device=device)  # (n,) tokens before the EOS
     rows, ends = torch.arange(n, device=device), torch.tensor(policy.eos_ids, device=device)
+    chances = torch.zeros(tokens.shape, device=device)  # (n, T) logprob of each token
     room = [args.max_new_tokens - len(p) for p in prefixes]
     budget = torch.tensor(room, device=device)[owner]  # (n,) a prefix counts towards the response's length
     finished = torch.zeros(n, dtype=torch.bool, device=device)
     alive = torch.ones(n, dtype=torch.bool, device=device)  # (b,) of the rows still in the batch
     for t in range(max(room)):
+        raw = logits.log_softmax(-1) if logprobs else None  # (b, V)
         logits[:, policy.banned] = -torch.inf
         if temperature > 0:  # inverse of the cumulative distribution at the row's own draw
             cumulative = (logits / temperature).softmax(-1).cumsum(-1)  # (b, V)
@@ -621,6 +723,8 @@ def decode(policy: Policy, batch: dict, seeds, prefixes, temperature: float, arg
         else:
             token = logits.argmax(-1)  # (b,)
         tokens[rows, t] = token
+        if logprobs:
+            chances[rows, t] = raw.gather(1, token[:, None])[:, 0]
         ended = alive & torch.isin(token, ends)
         full = alive & ~ended & (t + 1 >= budget[rows])
         length[rows[ended]], finished[rows[ended]], length[rows[full]] = t, True, t + 1
@@ -631,9 +735,151 @@ def decode(policy: Policy, batch: dict, seeds, prefixes, temperature: float, arg
             keep = alive.nonzero()[:, 0]
             rows, token, alive, mask = rows[keep], token[keep], alive[keep], take_rows(policy, cache, mask, keep)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        logits = policy.model(input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        logits = policy.model(input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True,
+                              **cached_positions(policy, mask, 1)).logits[:, -1].float()
     tokens, length = tokens.tolist(), length.tolist()
-    return [(prefixes[i] + tokens[k][:length[k]], ended) for k, (i, ended) in enumerate(zip(owner.tolist(), finished.tolist()))]
+    return [(prefixes[i] + tokens[k][:length[k]], ended, chances[k, :length[k] + ended].tolist() if logprobs else None)
+            for k, (i, ended) in enumerate(zip(owner.tolist(), finished.tolist()))]
+
+
+# ---------------------------------------------------------------- generation by vLLM
+
+ENGINES = []  # (policy, vLLM engine that holds its weights, the trainer's device): at most one; it lives from the first generation to the next training
+
+
+@lru_cache(maxsize=None)
+def choose_engine(wanted: str, device: str) -> str:
+    """"vllm" or "transformers" for the flags --engine and --device; the choice and its reason are printed once.
+
+    Raises InputError for an unknown name, and where vLLM is asked for and cannot run.
+    """
+    if wanted not in ("auto", "vllm", "transformers"):
+        raise InputError(f"--engine {wanted} is not one of auto, vllm, transformers")
+    lack = "asked for" if wanted == "transformers" else vllm_lacks(device)
+    if lack and wanted == "vllm":
+        raise InputError(f"--engine vllm cannot run: {lack}; see the README's GPU section, or use --engine transformers")
+    print(f"engine: {'transformers' if lack else 'vllm'} ({lack or 'it is installed for ' + device})", flush=True)
+    return "transformers" if lack else "vllm"
+
+
+def vllm_lacks(device: str) -> str:
+    """Why vLLM cannot generate on this device; an empty text if it can."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a forked engine would inherit the lock of the run folder
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        return f"vLLM cannot be imported ({error})"
+    if torch.device(device).index:
+        return "vLLM takes the first visible GPU, so name another one by CUDA_VISIBLE_DEVICES, not by --device"
+    return "" if current_platform.device_type == torch.device(device).type else f"vLLM is built for {current_platform.device_type or 'no device here'}, not for {device}"
+
+
+def move_trainer(policy: Policy, device) -> None:
+    """Move a policy's weights and its optimizer's masters and moments to a device, in place."""
+    policy.model.to(device)
+    for p in (p for group in policy.optimizer.param_groups for p in group["params"]) if policy.optimizer else ():
+        p.data = p.data.to(device)
+        if p in policy.optimizer.state:
+            policy.optimizer.state[p] = {k: v.to(device) for k, v in policy.optimizer.state[p].items()}
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def close_engine() -> None:
+    """End the engine's process, so that all its memory is free, and bring the trainer's tensors back."""
+    while ENGINES:
+        policy, engine, device = ENGINES.pop()
+        engine.llm_engine.engine_core.shutdown()
+        del engine
+        gc.collect()
+        move_trainer(policy, device)
+
+
+def start_engine(policy: Policy, example: dict, args) -> None:
+    """Start a vLLM engine with the policy's weights as they are now, and prove on one prompt that it is the same model.
+
+    The policy is written as a checkpoint, processor included, and a new process reads it. Raises InputError if vLLM expands the
+    prompt to other token ids than the trainer, or if its greedy logprobs differ by more than rounding.
+    """
+    import vllm
+    close_engine()
+    clock, device, text = time.time(), policy.model.device, policy.model.config.get_text_config()
+    ids = encode_prompts(policy, [example], args)["input_ids"][0].tolist()
+    probe = replace(args, engine="transformers", max_new_tokens=min(16, args.max_new_tokens))
+    wanted = generate(policy, [example], [[0]], 0.0, probe, logprobs=True)[0][0]
+    Path(args.runs).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="engine-", dir=args.runs) as folder:
+        save_model(policy, Path(folder) / "policy")
+        if args.offload:
+            move_trainer(policy, "cpu")
+        try:
+            engine = vllm.LLM(f"{folder}/policy", dtype=str(policy.model.dtype).removeprefix("torch."), gpu_memory_utilization=args.engine_memory,
+                              max_model_len=min(args.max_prompt_tokens + args.max_new_tokens, text.max_position_embeddings), enable_prefix_caching=True,
+                              limit_mm_per_prompt={"image": 1}, generation_config="vllm", trust_remote_code=args.trust_remote_code,
+                              enforce_eager=args.device == "cpu", disable_log_stats=True)
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"vLLM did not start ({str(error).splitlines()[0]}); its own words stand above. If it lacks memory, change --engine_memory "
+                             f"(now {args.engine_memory}) or use --offload; --engine transformers does without it") from None
+        ENGINES.append((policy, engine, device))
+        off = probe_engine(policy, engine, example, ids, wanted, probe)
+    print(f"engine: vLLM started in {time.time() - clock:.0f} s; logprobs of {len(wanted.logprobs)} tokens within {off:.4f} of the trainer's", flush=True)
+
+
+def probe_engine(policy: Policy, engine, example: dict, ids: list[int], wanted: Response, args) -> float:
+    """Compare the engine with the trainer on one prompt; the largest difference of logprobs, or InputError if it is too large.
+
+    ids: the trainer's prompt, expanded. wanted: its greedy response with logprobs. Where rounding lets the two choose another
+    token, the comparison ends with that token.
+    """
+    (output,), (theirs,) = ask_engine(policy, engine, [example], [[0]], 0.0, args, [[]], True)
+    for place, (a, b) in enumerate(zip([*ids, None], [*output.prompt_token_ids, None])):
+        if a != b:
+            raise InputError(f"vLLM and the trainer read {example['where']} differently, first at token {place} of the prompt: trainer {a}, vLLM {b}; "
+                             "use --engine transformers for this model")
+    tolerance, off = 0.02 if policy.model.dtype == torch.float32 else 0.3, 0.0  # nats; bfloat16 rounds a logit of 20 by 0.06
+    for place, (a, b) in enumerate(zip(wanted.logprobs, theirs[0].logprobs)):
+        off = max(off, abs(a - b))
+        if off > tolerance:
+            raise InputError(f"vLLM does not hold the policy's weights: greedy logprob {place} of {example['where']} is {b:.4f} there, {a:.4f} in the trainer; "
+                             "use --engine transformers")
+        if wanted.token_ids[place:place + 1] != theirs[0].token_ids[place:place + 1]:
+            break
+    return off
+
+
+def ask_engine(policy: Policy, engine, examples, seeds, temperature: float, args, prefixes, logprobs: bool) -> tuple[list, list[list[Response]]]:
+    """vLLM's raw outputs, one per sample, and the responses by prompt. Every sample is a request of its own, with its own seed.
+
+    Prompts go in as token ids with unexpanded image placeholders, so that a prefix is continued exactly where it ends.
+    """
+    from vllm import SamplingParams
+    prompts, settings = [], []
+    for example, row, prefix in zip(examples, seeds, prefixes):
+        talk, bos = talk_of(example, args), policy.tokenizer.bos_token
+        text = policy.processor.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        ids = policy.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+        prompts += [{"prompt_token_ids": ids + prefix, "multi_modal_data": {"image": talk[0]["content"][0]["image"]}}] * len(row)
+        settings += [SamplingParams(temperature=temperature, seed=seed, max_tokens=max(1, args.max_new_tokens - len(prefix)), stop_token_ids=policy.eos_ids,
+                                    logit_bias={i: -100.0 for i in policy.banned}, logprobs=0 if logprobs else None, detokenize=False) for seed in row]
+    outputs, responses = engine.generate(prompts, settings, use_tqdm=False), []
+    for output, prefix in zip(outputs, (p for p, row in zip(prefixes, seeds) for _ in row)):
+        sampled = output.outputs[0]
+        tokens, ended = list(sampled.token_ids), sampled.finish_reason == "stop"
+        chances = [step[token].logprob for step, token in zip(sampled.logprobs, tokens)] if logprobs else None
+        ids = prefix + (tokens[:-1] if ended and tokens[-1] in policy.eos_ids else tokens)
+        responses.append(Response(ids, policy.tokenizer.decode(ids, skip_special_tokens=True), ended, chances))
+    flat = iter(responses)
+    return outputs, [[next(flat) for _ in row] for row in seeds]
+
+
+def engine_generate(policy: Policy, examples, seeds, temperature: float, args, prefixes=None, logprobs: bool = False) -> list[list[Response]]:
+    """`generate` by vLLM, on an engine that holds this policy's weights."""
+    if not (ENGINES and ENGINES[0][0] is policy):
+        start_engine(policy, examples[0], args)
+    return ask_engine(policy, ENGINES[0][1], examples, seeds, temperature, args, prefixes or [[] for _ in examples], logprobs)[1]
 
 
 # ---------------------------------------------------------------- steps and PRM scores
@@ -716,8 +962,9 @@ def score_batch(prm: Policy, examples, responses, args) -> list[list[list[float]
             inner.rope_deltas = deltas
         mask = take_rows(prm, cache, batch["attention_mask"], owner[part])  # (b, L)
         tails = append_tokens({"input_ids": mask[:, :0], "attention_mask": mask[:, :0]}, [flat[k] for k in part], prm.pad_id)
-        hidden = inner(input_ids=tails["input_ids"], attention_mask=torch.cat([mask, tails["attention_mask"]], 1),
-                       past_key_values=cache, use_cache=True).last_hidden_state  # (b, W, H)
+        mask = torch.cat([mask, tails["attention_mask"]], 1)  # (b, L + W)
+        hidden = inner(input_ids=tails["input_ids"], attention_mask=mask, past_key_values=cache, use_cache=True,
+                       **cached_positions(prm, mask, tails["input_ids"].shape[1])).last_hidden_state  # (b, W, H)
         good = iter(step_logits(prm, hidden, [ends[k] for k in part], 0).sigmoid().tolist())
         for k in part:
             scores[k] = [next(good) for _ in ends[k]]
@@ -874,9 +1121,42 @@ def epoch_batches(n: int, size: int, steps: int, *key) -> list[list[int]]:
     return batches[:steps]
 
 
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW for bfloat16 weights: moments, gradients and a master copy of every weight in float32, 18 bytes per weight in all.
+
+    bfloat16 has 8 significant bits, so a step of lr 1e-6 on a weight of 0.01 would be rounded away; the master gathers such
+    steps until they show. `fit` moves a gradient to the master as soon as it is whole, so micro-batches add up in float32 too.
+    """
+
+    def __init__(self, weights, **settings):
+        self.masters = {w: torch.nn.Parameter(w.detach().float()) for w in weights}
+        super().__init__(self.masters.values(), **settings)
+
+    def gather(self, weight):
+        """Move a weight's gradient to its master."""
+        master = self.masters[weight]
+        master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+        weight.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        """One AdamW step of the masters, then the weights are the masters, rounded."""
+        super().step()
+        for weight, master in self.masters.items():
+            weight.copy_(master)
+
+
+def masters_of(optimizer) -> dict:
+    """{weight: float32 master} of an optimizer; empty where the weights are float32 and need none."""
+    return getattr(optimizer, "masters", {})
+
+
 def make_optimizer(policy: Policy) -> torch.optim.AdamW:
-    """AdamW over every weight of the model; its rate is set before every step by `fit`."""
-    return torch.optim.AdamW(policy.model.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    """AdamW over every weight that is trained, its state in float32; its rate is set before every step by `fit`."""
+    weights = [p for p in policy.model.parameters() if p.requires_grad]
+    kind = torch.optim.AdamW if policy.model.dtype == torch.float32 else MasterAdamW
+    policy.optimizer = kind(weights, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    return policy.optimizer
 
 
 def learning_rate(step: int, peak: float, warmup: int) -> float:
@@ -896,9 +1176,12 @@ def fit(policy: Policy, optimizer, batches: list, loss_of, args, label: str, sta
     at which a schedule began anew; state["batch"] counts those of this call that are done, so that a restart skips them. save(state) is called every args.save_every steps.
     Raises InputError if the loss is not finite.
     """
+    close_engine()  # its weights are about to be old
     state = state or {"step": 0, "batch": 0, "tokens": 0, "loss": 0.0}
+    weights, attention = [p for group in optimizer.param_groups for p in group["params"]], policy.model.config._attn_implementation
+    hooks = [weight.register_post_accumulate_grad_hook(optimizer.gather) for weight in masters_of(optimizer)]
     policy.model.train()
-    if args.device == "cpu":
+    if args.device == "cpu" and args.attention == "auto":
         policy.model.set_attn_implementation("eager")  # measured: the masked backward pass of SDPA is slower on a CPU
     for batch in tqdm(batches[state["batch"]:], desc=label, initial=state["batch"], total=len(batches)):
         for group in optimizer.param_groups:
@@ -910,16 +1193,18 @@ def fit(policy: Policy, optimizer, batches: list, loss_of, args, label: str, sta
             loss, count = loss + part.item(), count + tokens
         if not math.isfinite(loss):
             raise InputError(f"{label}: the loss is {loss} at step {state['step']}; lower --learning_rate or look at the data of this step")
-        for p in policy.model.parameters():
+        for p in weights:
             if p.grad is not None:
                 p.grad /= max(count, 1)  # the mean over the tokens of the whole batch, however it was cut
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         state = {**state, "step": state["step"] + 1, "batch": state["batch"] + 1, "tokens": state["tokens"] + count,
                  "loss": state["loss"] + loss / max(count, 1)}
         if save and state["batch"] % args.save_every == 0:
             save(state)
-    policy.model.set_attn_implementation("sdpa")
+    for hook in hooks:
+        hook.remove()
+    policy.model.set_attn_implementation(attention)
     policy.model.eval()
     return state

@@ -18,6 +18,22 @@ import toy
 torch.set_num_threads(1)
 
 
+ENVIRONMENTS = {}  # family of models -> where test_families.py ran it
+
+
+def pil(name: str):
+    """An image processor class of transformers, in its PIL version where torchvision is missing and the plain name cannot be made."""
+    import importlib.util
+    import transformers
+    return getattr(transformers, name if importlib.util.find_spec("torchvision") else f"{name}Pil")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in which environment each family of models ran."""
+    for family, environment in ENVIRONMENTS.items():
+        terminalreporter.write_line(f"{family}: {environment}")
+
+
 def stage(name: str):
     """A numbered script as a module."""
     return importlib.import_module(name)

@@ -92,6 +92,74 @@ def test_an_over_long_prompt_is_refused_with_file_and_line(policy, examples, arg
         common.check_longest_prompts(policy, examples, args)
 
 
+def test_logprobs_on_demand_are_those_of_an_uncached_forward_pass(policy, examples, args):
+    prefixes = [policy.tokenizer("1 + 2 =")["input_ids"], [], []]
+    rows = common.generate(policy, examples[:3], seeds(examples[:3], 2, "l"), 1.0, args, prefixes, logprobs=True)
+    for example, prefix, row in zip(examples, prefixes, rows):
+        for response in row:
+            sampled = response.token_ids + [policy.eos_ids[0]] * response.finished
+            batch = common.encode_prompts(policy, [example], args)
+            start = batch["input_ids"].shape[1] + len(prefix)
+            logits = policy.model(**common.append_tokens(batch, [sampled], policy.pad_id)).logits[0, start - 1:-1]
+            wanted = logits.log_softmax(-1).gather(1, torch.tensor(sampled[len(prefix):])[:, None])[:, 0]
+            assert response.logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert common.generate(policy, examples[:1], [[0]], 1.0, args)[0][0].logprobs is None
+
+
+# ---- the choice of the engine, and what stops a wrong one (test_vllm.py runs the engine itself)
+
+def test_without_vllm_auto_is_transformers_and_says_why(monkeypatch, capsys):
+    monkeypatch.setattr(common, "vllm_lacks", lambda device: "vLLM is not installed")
+    choose = common.choose_engine.__wrapped__
+    assert choose("auto", "cpu") == "transformers" and capsys.readouterr().out == "engine: transformers (vLLM is not installed)\n"
+    with pytest.raises(common.InputError, match="--engine vllm cannot run: vLLM is not installed"):
+        choose("vllm", "cpu")
+    monkeypatch.setattr(common, "vllm_lacks", lambda device: "")
+    assert choose("auto", "cuda") == choose("vllm", "cuda") == "vllm" and choose("transformers", "cuda") == "transformers"
+    with pytest.raises(common.InputError, match="--engine vlm is not one of"):
+        choose("vlm", "cpu")
+
+
+class Engine:
+    """Stands for vLLM's LLM object: notes that it was shut down."""
+
+    def __init__(self):
+        self.llm_engine, self.engine_core, self.closed = self, self, False
+
+    def shutdown(self):
+        self.closed = True
+
+
+def test_an_engine_is_closed_before_its_weights_are_old(tiny, policy, examples, args, tmp_path):
+    def alive():
+        common.ENGINES.append((policy, Engine(), "cpu"))
+        return common.ENGINES[0][1]
+    optimizer, engine = common.make_optimizer(policy), alive()
+    train(policy, optimizer, examples, args, batches=range(1), folder=tmp_path)
+    assert engine.closed and not common.ENGINES
+    engine = alive()
+    common.load_checkpoint(tmp_path, policy, optimizer)
+    assert engine.closed and not common.ENGINES
+    engine = alive()
+    common.load_policy(tiny, args)
+    assert engine.closed and not common.ENGINES
+
+
+def test_the_probe_stops_at_other_logprobs_and_at_other_prompt_ids_and_passes_a_near_tie(policy, examples, args, monkeypatch):
+    def probe(ids, tokens, logprobs):
+        outputs = [type("Output", (), {"prompt_token_ids": ids})]
+        monkeypatch.setattr(common, "ask_engine", lambda *a: (outputs, [[common.Response(tokens, "", True, logprobs)]]))
+        return common.probe_engine(policy, None, examples[0], [5, 6], common.Response([1, 2], "", True, [-0.5, -1.0, -0.1]), args)
+    assert probe([5, 6], [1, 2], [-0.51, -1.0, -0.1]) == pytest.approx(0.01)
+    assert probe([5, 6], [1, 3], [-0.5, -1.001, -9.0]) == pytest.approx(0.001)  # another token of the same logprob: the rest is not comparable
+    with pytest.raises(common.InputError, match="greedy logprob 1 of .* is -1.5000 there, -1.0000 in the trainer"):
+        probe([5, 6], [1, 2], [-0.5, -1.5, -0.1])
+    for other, place in (([5, 7], "token 1 of the prompt: trainer 6, vLLM 7"), ([5], "token 1 of the prompt: trainer 6, vLLM None"),
+                         ([2, 5, 6], "token 0 of the prompt: trainer 5, vLLM 2"), ([5, 6, 6], "token 2 of the prompt: trainer None, vLLM 6")):
+        with pytest.raises(common.InputError, match=place):
+            probe(other, [1, 2], [-0.5, -1.0, -0.1])
+
+
 # ---- SFT
 
 def test_loss_falls_on_the_response_and_its_closing_eos_only(policy, examples, args):
@@ -197,6 +265,123 @@ def test_a_checkpoint_is_safetensors_and_json_and_a_half_written_one_does_not_co
     shutil.copytree(tmp_path / "step_000002", tmp_path / "step_000003")
     (tmp_path / "step_000003/optimizer.safetensors").write_bytes(b"half")
     assert common.load_checkpoint(tmp_path, policy, optimizer)["step"] == 2
+
+
+# ---- dtypes, memory, vision tower, attention
+
+def test_updates_below_bfloat16_rounding_add_up_in_the_master():
+    """2,000 AdamW steps of lr 1e-6 against a constant gradient move a weight of 0.1 by 0.002; bfloat16 alone, whose grid is 0.0005 there, by nothing."""
+    ends = []
+    for kind in (torch.optim.AdamW, common.MasterAdamW):
+        weight = torch.nn.Parameter(torch.full((4,), 0.1, dtype=torch.bfloat16))
+        optimizer = kind([weight], lr=1e-6, weight_decay=0.0)
+        for _ in range(2000):
+            weight.sum().backward()
+            if kind is common.MasterAdamW:
+                optimizer.gather(weight)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            weight.grad = None
+        ends.append(weight.tolist()[0])
+    start = torch.tensor(0.1).bfloat16().item()
+    assert ends[0] == start and ends[1] == pytest.approx(start - 0.002, abs=0.0003)
+
+
+def test_a_bfloat16_policy_is_trained_along_the_path_of_a_float32_one(tiny, examples, args):
+    args.learning_rate, args.warmup_steps, moved = 1e-6, 0, []
+    for args.dtype in ("bfloat16", "float32"):
+        policy = common.load_policy(tiny, args)
+        optimizer = common.make_optimizer(policy)
+        before = [w.detach().clone() for group in optimizer.param_groups for w in group["params"]]
+        train(policy, optimizer, examples, args)
+        after = [w for group in optimizer.param_groups for w in group["params"]]
+        moved.append(torch.cat([(a - b).detach().flatten() for a, b in zip(after, before)]))
+        assert {w.dtype for w in after} == {torch.float32} and {w.dtype for w in policy.model.parameters()} == {common.dtype_of(args)}
+        assert all(torch.equal(p, common.masters_of(optimizer).get(p, p).to(p.dtype)) for p in policy.model.parameters())
+    assert 2e-6 < moved[0].abs().mean() < 7e-6 and F.cosine_similarity(*moved, dim=0) > 0.7  # six steps of about 1e-6, in the same direction
+
+
+def test_bfloat16_training_continues_to_the_bit_after_a_restart(tiny, examples, args, tmp_path):
+    args.dtype = "bfloat16"
+    policy = common.load_policy(tiny, args)
+    optimizer = common.make_optimizer(policy)
+    train(policy, optimizer, examples, args)
+    policy_two = common.load_policy(tiny, args)
+    train(policy_two, common.make_optimizer(policy_two), examples, args, stop=4, folder=tmp_path)
+    policy_two = common.load_policy(tiny, args)
+    again = common.make_optimizer(policy_two)
+    train(policy_two, again, examples, args, common.load_checkpoint(tmp_path, policy_two, again))
+    masters = [dict(zip(p.model.state_dict(), [*o.masters.values()])) for p, o in ((policy, optimizer), (policy_two, again))]
+    assert same(*masters) and same(policy.model.state_dict(), policy_two.model.state_dict())
+    moments = [[s[k] for s in o.state.values() for k in s] for o in (optimizer, again)]
+    assert len(moments[0]) == len(moments[1]) > 0 and all(map(torch.equal, *moments))
+
+
+def test_a_new_optimizer_on_the_same_bfloat16_policy_trains_it(tiny, examples, args):
+    args.dtype = "bfloat16"
+    policy = common.load_policy(tiny, args)
+    for _ in range(2):
+        before = copy.deepcopy(policy.model.state_dict())
+        train(policy, common.make_optimizer(policy), examples, args, batches=range(2))
+        assert not same(before, policy.model.state_dict())
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny, examples, args):
+    weights = []
+    for args.gradient_checkpointing in (False, True):
+        policy = common.load_policy(tiny, args)
+        train(policy, common.make_optimizer(policy), examples, args)
+        weights.append(policy.model.state_dict())
+    assert same(*weights) and any(getattr(m, "gradient_checkpointing", False) for m in policy.model.modules())
+
+
+def test_a_frozen_vision_tower_stays_and_the_rest_learns(tiny, examples, args):
+    args.freeze_vision = True
+    policy = common.load_policy(tiny, args)
+    before = copy.deepcopy(policy.model.state_dict())
+    train(policy, common.make_optimizer(policy), examples, args)
+    moved = {n for n, w in policy.model.state_dict().items() if not torch.equal(w, before[n])}
+    assert not [n for n in moved if "vision_model" in n] and {"model.connector.modality_projection.proj.weight", "model.text_model.norm.weight"} <= moved
+
+
+def test_the_attention_that_was_asked_for_is_used_and_stays_after_training(tiny, examples, args, monkeypatch):
+    for args.attention, chosen, trained in (("auto", "sdpa", "eager"), ("sdpa", "sdpa", "sdpa"), ("eager", "eager", "eager")):
+        policy, used = common.load_policy(tiny, args), []
+        loss = common.sft_loss
+        monkeypatch.setattr(common, "sft_loss", lambda p, *a: (used.append(p.model.config.text_config._attn_implementation), loss(p, *a))[1])
+        assert policy.model.config.text_config._attn_implementation == chosen
+        train(policy, common.make_optimizer(policy), examples, args, batches=range(1))
+        assert policy.model.config.text_config._attn_implementation == chosen and used == [trained]
+        monkeypatch.undo()
+    args.attention = "no_such"
+    with pytest.raises(common.InputError, match="cannot be loaded .*no_such"):
+        common.load_policy(tiny, args)
+
+
+def test_remote_code_runs_only_when_it_is_asked_for(tiny, examples, args, tmp_path):
+    """A checkpoint whose classes come with it, as those of the paper's three models do."""
+    mine = shutil.copytree(tiny, tmp_path / "mine")
+    (mine / "mine.py").write_text("from transformers import Idefics3Config, Idefics3ForConditionalGeneration\n"
+                                  "class MineConfig(Idefics3Config):\n    model_type = 'mine'\n"
+                                  "class Mine(Idefics3ForConditionalGeneration):\n    config_class = MineConfig\n")
+    config = json.loads((mine / "config.json").read_text())
+    (mine / "config.json").write_text(json.dumps({**config, "model_type": "mine", "architectures": ["Mine"],
+                                                  "auto_map": {"AutoConfig": "mine.MineConfig", "AutoModelForImageTextToText": "mine.Mine"}}))
+    with pytest.raises(common.InputError, match="custom code .* pass --trust_remote_code"):
+        common.load_policy(mine, args)
+    args.trust_remote_code = True
+    policy = common.load_policy(mine, args)
+    assert type(policy.model).__name__ == "Mine"
+    train(policy, common.make_optimizer(policy), examples, args, batches=range(1), folder=tmp_path / "c")
+    again = common.load_policy(mine, args)
+    common.load_checkpoint(tmp_path / "c", again, common.make_optimizer(again))
+    assert same(again.model.state_dict(), policy.model.state_dict())
+
+
+def test_a_dtype_that_is_neither_is_refused(tiny, args):
+    args.dtype = "int8"
+    with pytest.raises(common.InputError, match="--dtype int8 is not one of auto, float32, bfloat16"):
+        common.load_policy(tiny, args)
 
 
 # ---- the PRM
