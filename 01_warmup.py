@@ -207,7 +207,7 @@ def read_mathv360k(root: Path) -> tuple[list[tuple[int, int]], list[str], set[in
 def split_mathv360k(root: Path, seed: int, held_out: dict[str, int] = HELD_OUT) -> Path:
     """Write the splits of MathV360K beside it, once; returns the path of train.jsonl. Raises InputError if they are of another file or seed."""
     source, report, names = root / "train_samples_all_tuning.json", root / "split.json", ("train", "unlabeled", *held_out)
-    if not source.exists():
+    if not (source.exists() and (root / "data_images").is_dir()):
         fetch_mathv360k(root)
     made = {"seed": seed, "source": digest(source), "held_out": held_out}
     then = json.loads(report.read_text()) if report.exists() else made
@@ -240,9 +240,10 @@ def fetch_mathv360k(root: Path) -> None:
     try:
         snapshot_download("Zhiqiang007/MathV360K", repo_type="dataset", local_dir=root, allow_patterns=["*.json", "*.zip"])
     except OSError as error:
-        raise InputError(f"{root} has no train_samples_all_tuning.json and the hub cannot be reached ({str(error).splitlines()[0]}); "
-                         "put that file and data_images/ there, or name their folder by --data_root") from None
+        raise InputError(f"{root} does not hold train_samples_all_tuning.json and data_images/, and the hub cannot be reached "
+                         f"({str(error).splitlines()[0]}); put them there, or name their folder by --data_root") from None
     part = root / "images.part"
+    shutil.rmtree(part, ignore_errors=True)
     with zipfile.ZipFile(root / "data_images.zip") as archive:
         archive.extractall(part)
     os.replace(part / "data_images" if (part / "data_images").is_dir() else part, root / "data_images")
