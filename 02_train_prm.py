@@ -94,10 +94,10 @@ def rollout_rows(policy, items: list[dict], by_id: dict, args: Args) -> list[dic
     rows = []
     for item, example, row_seeds, row in zip(items, examples, seeds, responses):
         for k, response in enumerate(row):
-            answer = extract_answer(response.text) if response.finished else None
+            answer = extract_answer(response.text, example) if response.finished else None
             rows.append({"id": item["id"], "iteration": 0, "prefix_length": len(item["prefix"]), "rollout": k, "temperature": args.rollout_temperature,
                          "seed": row_seeds[k], "response": response.text, "token_ids": response.token_ids, "finished": response.finished,
-                         "answer": canonical(answer, example["choices"]), "correct": is_correct(answer, example)})
+                         "answer": canonical(answer, example["choices"], example), "correct": is_correct(answer, example)})
     return rows
 
 

@@ -1,7 +1,9 @@
 """Stage 04: base, warm-up and evolved policy side by side (paper, section 6, and its figure of the dynamics).
 
 Reads   data/toy/{test,ood}.jsonl, data/toy/base/, runs/toy/01_warmup/model/, runs/toy/02_train_prm/model/, runs/toy/03_self_evolve/
+        data/<benchmark>/ for --benchmarks: the published files (parquet, TSV or JSON), or the hub
 Writes  runs/toy/04_eval/predictions.jsonl  one greedy response and K samples per policy and prompt, checked, with step scores
+                         benchmarks.jsonl   one greedy response per policy and benchmark question: prediction, extraction, gold answer, verdict
                          report.json        every figure with its count and interval
                          report.md          the same as tables
                          dynamics.png       greedy accuracy, Pass@K, Reward-Pass@2 and temperature over iterations
@@ -11,11 +13,19 @@ Intervals are 95 % bootstrap intervals over prompts. Differences are paired: the
 With several --runs it only draws their dynamics into one figure; with --study it turns the lines of tests/study.py into a
 table (mean over seeds, interval over seeds and prompts) and paired differences.
 
+Benchmarks are asked in our one prompt form, question, lettered choices, --instruction, with the dataset's own hint or
+context before the question. MMStar-R and MMBench-R leave out the perception categories (paper, section 4.1). MMBench asks
+a question several times with its choices rotated: it counts if all copies are right; "plain" looks at the base copy.
+
     python 04_eval.py
     python 04_eval.py --runs runs/a runs/b runs/c
     python 04_eval.py --study runs/study/rows.jsonl
+    python 04_eval.py --runs runs/qwen --test data/mathv360k/test.jsonl --benchmarks mathvista m3cot mmstar_r mmbench_r ai2d
 """
 
+import base64
+import hashlib
+import io
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -23,10 +33,13 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import torch
+import transformers
 from matplotlib.figure import Figure
+from PIL import Image, UnidentifiedImageError
 
-from common import (ScoringArgs, append_chunks, check_longest_prompts, distinct, flag, grouped, load_checker, load_examples, load_policy, load_prm, open_run,
-                    pass_at_k, read_jsonl, reward_pass_at_k, run_stage, sample_rows, top_k, vote, write_atomic, write_json)
+from common import (LETTERS, InputError, ScoringArgs, append_chunks, check_longest_prompts, distinct, flag, grouped, load_checker, load_examples, load_policy,
+                    load_prm, open_run, pass_at_k, read_jsonl, reward_pass_at_k, run_stage, sample_rows, top_k, vote, write_atomic, write_json, write_jsonl)
 
 FIGURES = {"greedy": "greedy accuracy", "sample": "mean sample accuracy", "pass_at_k": "Pass@K", "reward_pass_at_2": "Reward-Pass@2",
            "majority": "majority vote", "best_of_n": "PRM best-of-N", "weighted": "PRM-weighted vote", "unparsable": "unparsable share"}
@@ -41,11 +54,152 @@ class Args(ScoringArgs):
     against: list[str] = flag(["M-STaR/Iterative RFT 100 %", "M-STaR/ReST-EM 100 %", "Top-2/Random-2"], "with --study: pairs of rows A/B to compare")
     test: str = flag("data/toy/test.jsonl", "in-domain test prompts")
     ood: str = flag("data/toy/ood.jsonl", "out-of-domain test prompts")
+    benchmarks: list[str] = flag([], "also evaluate on mathvista, m3cot, mmstar_r, mmbench_r, ai2d")
+    data_root: str = flag("data", "folder with one sub-folder per benchmark: its published files, and what is made of them")
     model: str = flag("data/toy/base", "base model")
     samples: int = flag(8, "K = N: samples per prompt")
     temperature: float = flag(1.0, "sampling temperature")
     resamples: int = flag(2000, "bootstrap resamples")
     chain_checker: str = flag("tests/toy.py:judge", "FILE:FUNCTION(response, example) that knows whether a chain is right, or None; only reports use it")
+
+
+# ---------------------------------------------------------------- benchmarks: published records to our examples
+
+TASKS = {"figure question answering": "FQA", "geometry problem solving": "GPS", "math word problem": "MWP", "textbook question answering": "TQA", "visual question answering": "VQA"}
+MMBENCH = "opencompass.openxlab.space/utils/benchmarks/MMBench/MMBench_DEV_EN_V11.tsv"  # published there, not on the hub
+FORMATS = {".parquet": "parquet", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+
+
+def mathvista(row: dict) -> dict:
+    r"""MathVista: the question is its own `query` up to the choices, so our prompt is its prompt; the answer of a choice question is a text.
+
+    >>> row = {"pid": "168", "query": "Hint: h\nQuestion: q\nChoices:\n(A) (c)\n(B) (a)", "choices": ["(c)", "(a)"], "answer": "(a)",
+    ...        "answer_type": "text", "precision": None, "metadata": {"task": "math word problem"}}
+    >>> {key: mathvista(row)[key] for key in ("question", "answer", "category")}
+    {'question': 'Hint: h\nQuestion: q', 'answer': 'B', 'category': 'MWP'}
+    """
+    question, _, listed = row["query"].strip().partition("\nChoices:\n")
+    choices = row["choices"] or None
+    shown = "\n".join(f"({letter}) {text}" for letter, text in zip(LETTERS, choices or []))
+    if listed.split() != shown.split() or (choices and choices.count(row["answer"]) != 1):
+        raise ValueError(f"choices {choices}, answer {row['answer']!r} and query {row['query']!r} do not fit together")
+    kind = None if choices or row["answer_type"] == "text" else row["answer_type"]
+    return {"id": row["pid"], "question": question, "choices": choices, "category": TASKS[row["metadata"]["task"]],
+            "answer": LETTERS[choices.index(row["answer"])] if choices else row["answer"],
+            **({"answer_type": kind} if kind else {}), **({"precision": int(row["precision"])} if kind == "float" else {})}
+
+
+def m3cot(row: dict) -> dict:
+    """M3CoT: the context, if there is one, stands before the question; the category is the domain."""
+    context = (row["context"] or "").strip()
+    return {"id": row["id"], "question": f"Context: {context}\n{row['question']}" if context else row["question"], "choices": row["choices"],
+            "answer": row["answer"], "category": row["domain"]}
+
+
+def mmstar_r(row: dict) -> dict | None:
+    """MMStar-R: the options stand inside the question, so the answer is a bare letter; None for a perception question."""
+    if "perception" in row["category"]:
+        return None
+    if row["category"] not in ("instance reasoning", "logical reasoning", "math", "science & technology"):
+        raise ValueError(f"unknown category {row['category']!r}")
+    return {"id": str(row["index"]), "question": row["question"], "answer": row["answer"], "choices": None, "answer_type": "letter", "category": row["category"]}
+
+
+def mmbench_r(row: dict) -> dict | None:
+    """MMBench-R: copies of a question with rotated choices share index % 1000000; None for a perception question."""
+    if "perception" in row["l2-category"]:
+        return None
+    if row["l2-category"] not in ("attribute_reasoning", "relation_reasoning", "logic_reasoning"):
+        raise ValueError(f"unknown l2-category {row['l2-category']!r}")
+    hint, *choices = ("" if row.get(key) in (None, "nan", "NaN") else row[key].strip() for key in ("hint", *"ABCD"))
+    if "" in choices[:sum(map(bool, choices))]:
+        raise ValueError("an option is missing between two others")
+    return {"id": row["index"], "question": f"Hint: {hint}\nQuestion: {row['question']}" if hint else row["question"], "choices": [c for c in choices if c],
+            "answer": row["answer"], "category": row["l2-category"], "group": int(row["index"]) % 1000000}
+
+
+def ai2d(row: dict) -> dict:
+    """AI2D: the answer is the position of the right option, as a text; stored as a letter, for option texts may be letters."""
+    return {"id": str(row["row"]), "question": row["question"], "choices": row["options"], "answer": LETTERS[int(row["answer"])]}
+
+
+BENCHMARKS = {  # name: (loader, title, hub name and split, local files, image column, questions in the published set)
+    "mathvista": (mathvista, "MathVista", ("AI4Math/MathVista", "testmini"), "*testmini*", "decoded_image", 1000),
+    "m3cot": (m3cot, "M3CoT", ("LightChen2333/M3CoT", "test"), "*test*", "image", 2318),
+    "mmstar_r": (mmstar_r, "MMStar-R", ("Lin-Chen/MMStar", "val"), "*mmstar*", "image", 1000),
+    "mmbench_r": (mmbench_r, "MMBench-R", None, "*MMBench_DEV_EN_V11*", "image", None),
+    "ai2d": (ai2d, "AI2D", ("lmms-lab/ai2d", "test"), "*test*", "image", 3088)}
+
+
+def published_rows(name: str, folder: Path):
+    """The published records of a benchmark, streamed: from the files in its folder, else from the hub; images stay undecoded."""
+    from datasets import Features, Value, disable_progress_bars, load_dataset
+    from datasets.exceptions import DatasetsError
+    disable_progress_bars()
+    _, _, hub, pattern, _, _ = BENCHMARKS[name]
+    files = [str(p) for p in sorted(folder.rglob(pattern)) if p.suffix in FORMATS]
+    if len({Path(f).suffix for f in files}) > 1:
+        raise InputError(f"{folder} holds {', '.join(files)}: keep one format")
+    if not files and not hub:
+        raise InputError(f"{folder} has no file {pattern}; put {MMBENCH} there or name its parent by --data_root")
+    source = {"path": FORMATS[Path(files[0]).suffix], "data_files": files, "split": "train"} if files else dict(zip(("path", "split"), hub))
+    if files and source["path"] == "csv":  # every cell is text: "2", "None" and "" must stay what they are
+        with open(files[0], encoding="utf-8") as file:
+            columns = file.readline().rstrip("\r\n").split("\t")
+        source |= {"sep": "\t", "na_filter": False, "features": Features({column: Value("string") for column in columns})}
+    try:
+        yield from load_dataset(**source, streaming=True).decode(False)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise InputError(f"{', '.join(files)} cannot be read" if files else f"{folder} has no file {pattern} (parquet, tsv, json or jsonl) and {hub[0]} cannot be "
+                         f"reached ({(str(error) or type(error).__name__).splitlines()[0]}); put it there or name its parent by --data_root") from None
+
+
+def save_image(cell, folder: Path) -> str:
+    """Write an image cell {"bytes", "path"} once, named by its content; its path relative to the folder. A path, as in JSON files, stays as it is."""
+    if isinstance(cell, str):
+        return cell
+    kind = Image.open(io.BytesIO(cell["bytes"])).format.lower()
+    file = folder / "images" / f"{hashlib.sha256(cell['bytes']).hexdigest()[:20]}.{kind}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        file.with_suffix(".part").write_bytes(cell["bytes"])
+        file.with_suffix(".part").replace(file)
+    return str(file.relative_to(folder))
+
+
+def make_benchmark(name: str, folder: Path) -> Path:
+    """Turn a benchmark's published records into our JSONL and image files; returns the path of <folder>/examples.jsonl.
+
+    It is made anew at every start (seconds) while the published files are there. Raises InputError with the number of a
+    record that is not as published.
+    """
+    out, (loader, _, _, pattern, column, _) = folder / "examples.jsonl", BENCHMARKS[name]
+    if out.exists() and not any(p.suffix in FORMATS for p in folder.rglob(pattern)):
+        return out  # made from the hub, or the published files have been put away
+    folder.mkdir(parents=True, exist_ok=True)
+    examples, images = [], {}  # MMBench's images by the index of their row
+    for number, row in enumerate(published_rows(name, folder), 1):
+        try:
+            example, cell = loader({"row": number - 1, **row}), row.get(column) or row["image"]
+            if name != "mmbench_r":
+                image = save_image(cell, folder) if example else ""
+            elif len(cell) > 64:
+                image, images[row["index"]] = row["index"], save_image({"bytes": base64.b64decode(cell, validate=True)}, folder)
+            else:
+                image = cell  # the index of the row that holds it
+            if example:
+                examples.append({**example, "id": f"{name}-{example['id']}", "image": image, "source": name})
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, UnidentifiedImageError) as error:
+            raise InputError(f"{name} record {number} is not as published ({type(error).__name__}: {error})") from None
+    for example in examples if name == "mmbench_r" else ():
+        if example["image"] not in images:
+            raise InputError(f"{example['id']}: its image is said to be in row {example['image']}, which holds none")
+        example["image"] = images[example["image"]]
+    write_jsonl(out, examples)
+    return out
+
+
+# ---------------------------------------------------------------- figures
 
 
 def prompt_figures(greedy: dict, samples: list[dict]) -> dict[str, float]:
@@ -216,6 +370,85 @@ def study_table(rows: list[dict], args: Args) -> str:
     return "\n".join(lines)
 
 
+def predict_benchmarks(paths: dict, splits: dict, out: Path, args: Args) -> list[dict]:
+    """One greedy response per policy and question, checked, in benchmarks.jsonl."""
+    loaded: dict = {}
+
+    def produce(chunk):
+        rows = []
+        for (name, split), group in groupby(chunk, key=lambda item: item[:2]):
+            if name not in loaded:
+                loaded.clear()  # one policy at a time
+                loaded[name] = load_policy(paths[name], args)
+            examples = [example for _, _, example in group]
+            rows += [{"split": split, "policy": name, "gold": example["answer"], **row}
+                     for example, row in zip(examples, sample_rows(loaded[name], examples, 1, 0.0, "eval", 0, args))]
+        return rows
+
+    items = [(name, split, example) for name in paths for split, examples in splits.items() for example in examples]
+    return append_chunks(out / "benchmarks.jsonl", items, 1, args.chunk, produce, "04 benchmarks")
+
+
+def benchmark_figures(rows: list[dict], by_id: dict, resamples: int = 2000) -> dict:
+    """Figures of one policy on one benchmark: score, plain score, unparsable share, and the score by category.
+
+    Rows of one "group" are copies of a question: it is right if all are; plain looks at the copy whose number is the
+    group's. macro is the mean over categories, micro that over questions.
+
+    >>> examples = {f"m-{k}": {"group": k % 10, "category": "ab"[k % 10 - 1]} for k in (1, 11, 2)}
+    >>> got = benchmark_figures([{"id": k, "correct": k != "m-11", "answer": "A"} for k in examples], examples)
+    >>> got["score"]["mean"], got["plain"]["mean"], {name: row["mean"] for name, row in got["categories"].items()}
+    (0.5, 1.0, {'a': 0.0, 'b': 1.0})
+    """
+    questions: dict = {}
+    for row in rows:
+        questions.setdefault(by_id[row["id"]].get("group", row["id"]), []).append(row)
+    right = {key: float(all(row["correct"] for row in copies)) for key, copies in questions.items()}
+    plain = [float(next((row for row in copies if row["id"].endswith(f"-{key}")), copies[0])["correct"]) for key, copies in questions.items()]
+    of: dict = {}
+    for key, copies in questions.items():
+        of.setdefault(by_id[copies[0]["id"]].get("category"), []).append(right[key])
+    figures = {"score": interval(np.array(list(right.values())), resamples), "plain": interval(np.array(plain), resamples),
+               "unparsable": interval(np.array([float(row["answer"] is None) for row in rows]), resamples)}
+    if None not in of:
+        figures |= {"categories": {name: {"mean": sum(v) / len(v), "n": len(v)} for name, v in sorted(of.items())},
+                    "macro": sum(sum(v) / len(v) for v in of.values()) / len(of), "micro": figures["score"]["mean"]}
+    return figures
+
+
+def benchmark_tables(report: dict) -> str:
+    """{benchmark: {policy: figures}} as the paper's Table 4, then one table per benchmark."""
+    def line(label, cells):
+        return "| " + " | ".join([label, *("-" if x is None else x if isinstance(x, str) else f"{100 * x:.1f}" for x in cells)]) + " |"
+
+    policies = list(next(iter(report.values())))
+    lines = ["## Benchmarks (the paper's Table 4)\n", "Greedy accuracy, percent; the average needs all five.\n",
+             line("", [*(title for _, title, *_ in BENCHMARKS.values()), "average"]), "|---|" + "---|" * 6]
+    for policy in policies:
+        scores = [report[name][policy]["score"]["mean"] if name in report else None for name in BENCHMARKS]
+        lines.append(line(policy, [*scores, None if None in scores else sum(scores) / len(scores)]))
+    for name, of in report.items():
+        first, title, published = of[policies[0]], BENCHMARKS[name][1], BENCHMARKS[name][5]
+        found, asked = first["score"]["n"], first["unparsable"]["n"]
+        lines += [f"\n### {title}: {found} questions" + f", asked {asked} times" * (asked != found) + f" of the {published} published" * (published not in (None, found)) + "\n",
+                  line("", policies), "|---|" + "---|" * len(policies)]
+        rows = {"all copies right": "score", "plain: base copy right": "plain"} if asked != found else {"accuracy": "score"}
+        for label, key in {**rows, "unparsable share": "unparsable"}.items():
+            lines.append(line(label, [f"{100 * p[key]['mean']:.1f} [{100 * p[key]['low']:.1f}, {100 * p[key]['high']:.1f}]" for p in of.values()]))
+        lines += [line(f"{category} ({row['n']})", [p["categories"][category]["mean"] for p in of.values()]) for category, row in first.get("categories", {}).items()]
+        if "macro" in first:
+            lines += [line("macro: mean of categories", [p["macro"] for p in of.values()]), line("micro: mean of questions", [p["micro"] for p in of.values()])]
+    return "\n".join(lines) + "\n"
+
+
+def settings(args: Args) -> str:
+    """What the figures depend on besides weights and data: prompt, decoding, versions."""
+    return (f"\n## Settings\n\nPrompt: the processor's chat template around one user turn, the image and then\n\n```\n<question>\nChoices:\n(A) <choice>\n(B) ...\n"
+            f"{args.instruction}\n```\n\n(without the lines of choices where there are none). Decoding: greedy for accuracy, temperature {args.temperature} with K = {args.samples} "
+            f"samples for the rest, at most {args.max_new_tokens} new tokens; a response cut there is wrong. Seed {args.seed}. "
+            f"Versions: torch {torch.__version__}, transformers {transformers.__version__}.\n")
+
+
 def main(args: Args) -> None:
     """Sample every policy on every split, judge, tabulate, draw."""
     if args.study:
@@ -227,12 +460,16 @@ def main(args: Args) -> None:
     runs = Path(args.runs)
     paths = {"base": Path(args.model), "warm-up": runs / "01_warmup" / "model", "M-STaR": runs / "03_self_evolve" / "model"}
     reward_model, metrics = runs / "02_train_prm" / "model", runs / "03_self_evolve" / "metrics.jsonl"
-    out = open_run(args, "04_eval", {"test": args.test, "ood": args.ood, **paths, "prm": reward_model})
+    if unknown := set(args.benchmarks) - set(BENCHMARKS):
+        raise InputError(f"--benchmarks knows {', '.join(BENCHMARKS)}, not {', '.join(sorted(unknown))}")
+    benchmarks = {name: make_benchmark(name, Path(args.data_root) / name) for name in args.benchmarks}
+    out = open_run(args, "04_eval", {"test": args.test, "ood": args.ood, **{"model" if name == "base" else name: path for name, path in paths.items()}, "prm": reward_model, **benchmarks})
     if (out / "report.json").exists():
         return print((out / "report.md").read_text())
     splits = {"test": load_examples(args.test), "ood": load_examples(args.ood)}
     prm, checker, loaded = load_prm(reward_model, args), load_checker(args.chain_checker), {}
-    check_longest_prompts(prm, sum(splits.values(), []), args)
+    asked = {name: load_examples(path) for name, path in benchmarks.items()}
+    check_longest_prompts(prm, sum([*splits.values(), *asked.values()], []), args)
 
     def produce(chunk):
         rows = []
@@ -244,7 +481,7 @@ def main(args: Args) -> None:
             greedy = sample_rows(loaded[name], examples, 1, 0.0, "eval", 0, args, prm)
             samples = sample_rows(loaded[name], examples, args.samples, args.temperature, "eval", 0, args, prm)
             for i, row in enumerate(greedy):
-                rows += [{"split": split, "policy": name, **r} for r in (row, *samples[i * args.samples:(i + 1) * args.samples])]
+                rows += [{"split": split, "policy": name, "gold": examples[i]["answer"], **r} for r in (row, *samples[i * args.samples:(i + 1) * args.samples])]
         return rows
 
     items = [(split, name, example) for name in paths for split, examples in splits.items() for example in examples]
@@ -253,6 +490,13 @@ def main(args: Args) -> None:
     first, by_id = list(grouped([r for r in rows if (r["split"], r["policy"]) == ("test", "warm-up")]).values()), {e["id"]: e for e in splits["test"]}
     prm_report = {"verifier": verifier(first, args), "reranker": reranker(first, by_id, checker, args)}
     text = markdown(report, args) + prm_markdown(prm_report)
+    if asked:
+        judged = predict_benchmarks(paths, asked, out, args)
+        report["benchmarks"] = {split: {name: benchmark_figures([r for r in judged if (r["split"], r["policy"]) == (split, name)],
+                                                                {e["id"]: e for e in examples}, args.resamples) for name in paths}
+                                for split, examples in asked.items()}
+        text += "\n" + benchmark_tables(report["benchmarks"])
+    text += settings(args)
     write_atomic(out / "report.md", text)
     draw_dynamics(read_jsonl(metrics), out / "dynamics.png", args.samples)
     draw_prm(prm_report, out / "prm.png")

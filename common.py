@@ -36,6 +36,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.cache_utils import DynamicLayer
 
 LETTERS = "ABCDEFGHIJ"
+ANSWER_TYPES = ("integer", "float", "list", "letter")  # letter: the options stand in the question or the image
+NO_UNIT = "or|and|to|not|nor|than|then|but|plus|minus|over|if|because|since|thousand|[mbtr]+illion|hundred|dozen|pi|[eikxyz]"  # words that change a number
+UNIT = rf"(?:(?:square|cubic|sq\.?|cu\.?)\s+)?(?!(?:{NO_UNIT})(?![a-z]))[a-z]+(?:\s*\^\s*{{?[23]}}?|[²³23])?"
+NUMBER = re.compile(r"(?:[a-z]\s*=\s*)?[€£¥]?\s*([+-]?)\s*(?:(\d{1,40})\s+(?=\d+\s*/))?(\d{1,40}\.?\d{0,40}|\.\d{1,40})(?:\s*/\s*(\d{1,40}))?"
+                    rf"(?:\s*(?!e\d)({UNIT}(?:\s*(?:/|per\b)\s*{UNIT})?))?")  # sign, whole part of a mixed fraction, number, denominator, unit
 
 
 class InputError(Exception):
@@ -279,17 +284,19 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
 def load_examples(path, hidden: bool = False) -> list[dict]:
     """Read and check a data file; every record gets "where" (file and line) and "image" becomes an absolute path.
 
-    A record: {"id": "a1", "image": "images/a1.png", "question": "...", "answer": "7", "choices": null, "source": "toy"}.
-    Raises InputError with file and line on a missing or mistyped field, an empty answer, a repeated id, or an image
-    that is missing, broken or outside the data folder. hidden=True is for unlabelled prompts: only what a solver may see
-    is kept, "answer" becomes None.
+    A record: {"id": "a1", "image": "images/a1.png", "question": "...", "answer": "7", "choices": null, "source": "toy"},
+    and, if the answer is to be read as "integer", "float", "list" or "letter", "answer_type" and "precision" (decimals).
+    Raises InputError with file and line on a missing or mistyped field, an unreadable answer, a repeated id, or an image
+    that is missing, broken or outside the data folder (a link inside the folder may lead out of it: records make no links).
+    Every image must exist; of more than 4,096 an even sample is verified here, and each when `read_image` first reads it.
+    hidden=True is for unlabelled prompts: only what a solver may see is kept, "answer" becomes None.
     """
-    rows, folder, seen = read_jsonl(path), Path(path).resolve().parent, {}
+    rows, folder, seen, images = read_jsonl(path), Path(path).resolve().parent, {}, {}
     if not rows:
         raise InputError(f"{path} is empty: it needs one JSON record per line")
     for number, row in enumerate(rows, 1):
         if hidden:
-            row = rows[number - 1] = {k: row.get(k) for k in ("id", "image", "question", "choices", "source")} | {"answer": None}
+            row = rows[number - 1] = {k: row[k] for k in ("id", "image", "question", "choices", "source", "answer_type", "precision") if k in row} | {"answer": None}
         row["where"] = f"{path} line {number}"
         for name in ("id", "image", "question", *(() if hidden else ("answer",)), "source"):
             if not isinstance(row.get(name), str) or not row[name].strip():
@@ -299,27 +306,43 @@ def load_examples(path, hidden: bool = False) -> list[dict]:
             raise InputError(f"{row['where']}: field \"choices\" must be a list of 2 to {len(LETTERS)} texts, or null")
         if choices and not hidden and choice_index(row["answer"], choices) is None:
             raise InputError(f"{row['where']}: the answer {row['answer']!r} is none of the choices")
+        kind, decimals = row.get("answer_type"), row.get("precision")
+        if kind not in (None, *ANSWER_TYPES) or type(decimals) not in (int, type(None)) or (decimals or 0) < 0:
+            raise InputError(f"{row['where']}: \"answer_type\" must be one of {', '.join(ANSWER_TYPES)} or null, \"precision\" a count of decimals or null")
+        if kind and not hidden and canonical(row["answer"], choices, row) is None:
+            raise InputError(f"{row['where']}: the answer {row['answer']!r} cannot be read as its answer_type {kind!r}")
         if row["id"] in seen:
             raise InputError(f"{row['where']}: id {row['id']!r} stands already in line {seen[row['id']]}")
         seen[row["id"]] = number
-        image = (folder / row["image"]).resolve()
-        if not image.is_relative_to(folder):
+        image = os.path.normpath(folder / row["image"])
+        if not image.startswith(os.path.join(folder, "")):
             raise InputError(f"{row['where']}: image {row['image']!r} leaves the data folder {folder}")
-        row["image"] = str(image)
-        try:
-            with Image.open(image) as opened:
-                opened.verify()
-        except FileNotFoundError:
-            raise InputError(f"{row['where']}: image {image} does not exist") from None
-        except (UnidentifiedImageError, SyntaxError, OSError) as error:
-            raise InputError(f"{row['where']}: image {image} cannot be read ({error})") from None
+        row["image"] = image
+        row["image"] = images.setdefault(image, row)["image"]  # one text in memory for all its records
+    for k, row in enumerate(images.values()):
+        if k % -(-len(images) // 4096) == 0 or not os.path.isfile(row["image"]):
+            read_image(row, check=True)
     return rows
+
+
+def read_image(example: dict, check: bool = False) -> Image.Image | None:
+    """The image of an example in RGB, or (check=True) only a look at its file; raises InputError with the example's file and line."""
+    try:
+        with Image.open(example["image"]) as image:
+            return image.verify() if check else image.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{example['where']}: image {example['image']} does not exist") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, OSError) as error:
+        raise InputError(f"{example['where']}: image {example['image']} cannot be read ({error})") from None
 
 
 # ---------------------------------------------------------------- answers
 
-def extract_answer(response: str) -> str | None:
+def extract_answer(response: str, example: dict | None = None) -> str | None:
     r"""The final answer that a response names, or None: none, or two that differ (fails closed).
+
+    Answers are what stands in \boxed{} and what follows "answer is" or "answer:" on its line. With an example, two that
+    `canonical` reads alike are one answer: "(B) 12" and "B".
 
     >>> extract_answer("3 + 4 = 7\nAnswer : 7")
     '7'
@@ -328,37 +351,53 @@ def extract_answer(response: str) -> str | None:
     >>> extract_answer("Answer: 7\nAnswer: 8") is None
     True
     """
-    named = re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", response)
-    if not named:
-        named = re.findall(r"\banswer\s*(?:is\s*:?|:)\s*([^\n]*)", response, flags=re.IGNORECASE)
+    named = re.findall(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", response)
+    lines = re.findall(r"\b(?:answer|correct\s+(?:option|choice))\**\s*(?:is\s*:?|:)\s*([^\n]*)", response, flags=re.IGNORECASE)
+    named += [line for line in lines if "\\boxed" not in line and (normalize(line) or not named)]
     named = [a.strip().strip("*").rstrip(".").strip() for a in named]
-    return named[-1] if named and named[-1] and len({normalize(a) for a in named}) == 1 else None
+    forms = {example and canonical(a, example["choices"], example) or normalize(a) for a in named}
+    return named[-1] if named and named[-1] and len(forms) == 1 else None
 
 
-def normalize(answer: str) -> str:
-    r"""An answer without dressing: case, spaces, $, LaTeX spacing, degree and percent signs, final full stop.
+@lru_cache(maxsize=1 << 16)  # answers repeat
+def undress(answer: str) -> str:
+    r"""An answer without Markdown, quotes, LaTeX delimiters, spacing and text commands, degree and percent signs, final full stops.
 
-    >>> normalize(" $1,250^\\circ$. ")
-    '1250'
+    >>> undress("**(B)**."), undress("\\(\\text{Yes}\\)"), undress("$45^\\circ$")
+    ('(B)', 'Yes', '45')
     """
-    text = answer.strip().casefold().rstrip(".").strip()
-    text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\left|\\right|\\[,;! ]|\^\s*\{?\s*\\circ\s*\}?|\\%|[$%°]", "", text)
-    text = re.sub(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r"\1/\2", text)
+    text = re.sub(r"\*\*([^*]+)\*\*", r"\1", answer.replace("\u2212", "-").replace("{,}", ","))  # the minus sign is no hyphen
+    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\left|\\right|\\[,;:! $%()\[\]]|\^?\s*\{?\s*(?:\\circ(?![a-z])|\\degree|∘)\s*\}?|[$%°]", "", text)
+    return text.strip(" \t\r\n*_`\"'“”‘’").rstrip(".").strip()
+
+
+@lru_cache(maxsize=1 << 16)
+def normalize(answer: str) -> str:
+    r"""`undress`, and case, spaces, fractions, roots and thousands separators in one form.
+
+    >>> normalize(" $1,250^\\circ$. "), normalize("2\\sqrt { 3 }"), normalize("1\\frac{1}{2}")
+    ('1250', '2√3', '1 1/2')
+    """
+    text = re.sub(r"\s*([{}])\s*", r"\1", undress(answer).casefold())
+    text = re.sub(r"\\[dt]?frac(?:\{([^{}]+)\}\{([^{}]+)\}|(\d)(\d))", r" \1\3/\2\4", text)
+    text = re.sub(r"\s*\\sqrt\{(\w+)\}", r"√\1", text).replace("\\pi", "π")
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     return " ".join(text.split())
 
 
+@lru_cache(maxsize=1 << 16)
 def number(text: str) -> Fraction | None:
-    """The exact number that a text is, or None: '1,250', '-3.50', '3/4', '7 cm' are numbers, 'row 7' is not.
+    """The exact number that a text is, or None: '1,250', '-3.50', '3/4', '1 1/2', '7 cm', 'x = 7' are, 'row 7', '7 or 8', '2x' are not.
 
-    >>> number("-3.50"), number("3 / 4"), number("seven")
-    (Fraction(-7, 2), Fraction(3, 4), None)
+    >>> number("-3.50"), number("3 / 4"), number("7 million"), number("seven")
+    (Fraction(-7, 2), Fraction(3, 4), None, None)
     """
-    match = re.fullmatch(r"([+-]?\s*(?:\d+\.?\d*|\.\d+))(?:\s*/\s*(\d+))?(?:\s*(?!e\d)[a-z]+[²³\d]?)?", normalize(text))
-    if not match or (match[2] and int(match[2]) == 0):
+    match = NUMBER.fullmatch(normalize(text))
+    if not match or (match[4] and int(match[4]) == 0):
         return None
-    return Fraction(match[1].replace(" ", "")) / int(match[2] or 1)
+    value = Fraction(match[3]) / int(match[4] or 1) + int(match[2] or 0)
+    return -value if match[1] == "-" else value
 
 
 def choice_index(answer: str, choices: list[str]) -> int | None:
@@ -367,35 +406,65 @@ def choice_index(answer: str, choices: list[str]) -> int | None:
     >>> choice_index("(B) 12", ["9", "12"]), choice_index("12", ["9", "12"]), choice_index("A or B", ["9", "12"])
     (1, 1, None)
     """
-    letters = LETTERS[:len(choices)]
-    match = re.fullmatch(rf"\(?\s*([{letters}{letters.lower()}])\s*(?:[).:]\s*(.*))?", answer.strip(), flags=re.DOTALL)
-    if match:
-        index, rest = letters.index(match[1].upper()), normalize(match[2] or "")
-        if not rest or rest == normalize(choices[index]):
-            return index
+    letter, rest = lettered(answer)
+    if letter and letter in LETTERS[:len(choices)] and (not rest or rest == normalize(choices[LETTERS.index(letter)])):
+        return LETTERS.index(letter)
     same = [i for i, c in enumerate(choices) if normalize(c) == normalize(answer)]
     return same[0] if len(same) == 1 else None
 
 
-def canonical(answer: str | None, choices: list[str] | None) -> str | None:
+def lettered(answer: str) -> tuple[str, str]:
+    """The option letter that an answer begins with and the text after it, or two empty texts.
+
+    >>> lettered("(b)"), lettered("Option C: a cat"), lettered("a cat")
+    (('B', ''), ('C', 'a cat'), ('', ''))
+    """
+    match = re.fullmatch(rf"(?:(?:option|choice)\s+)?[(\[]?\s*([{LETTERS}])\s*(?:[)\].:]+\s*(.*))?", undress(answer), flags=re.DOTALL | re.IGNORECASE)
+    return (match[1].upper(), normalize(match[2] or "")) if match else ("", "")
+
+
+def canonical(answer: str | None, choices: list[str] | None, example: dict | None = None) -> str | None:
     """An answer in the form in which two answers are compared and votes are counted; None if it cannot be read.
+
+    example: where its optional fields stand, "answer_type" and "precision"; a letter may bring its option's text if the
+    question has it so.
 
     >>> canonical("(B)", ["9", "12"]), canonical("7.0", None), canonical("A and B", ["9", "12"])
     ('B', '7', None)
+    >>> canonical("3.14159", None, {"answer_type": "float", "precision": 2}), canonical("[1, 2.0]", None, {"answer_type": "list"})
+    ('3.14', '[1, 2]')
     """
     if answer is None:
         return None
     if choices:
         index = choice_index(answer, choices)
         return None if index is None else LETTERS[index]
+    kind, decimals = (example or {}).get("answer_type"), (example or {}).get("precision")
+    if kind == "letter":
+        letter, rest = lettered(answer)
+        option = rf"(?<!\w)\(?{letter}\s*[).:]\s*{re.escape(rest)}\s*(?:[,;]|$|\(?[a-j]\s*[).:])"
+        return letter or None if not rest or re.search(option, normalize(example["question"]), flags=re.IGNORECASE) else None
+    if kind == "list":
+        match = re.fullmatch(r"\[([^\[\]]*)\]|([^\[\]]*)", undress(answer))
+        items = [number(item) for item in (match[1] or match[2] or "").split(",")] if match else [None]
+        return None if None in items else f"[{', '.join(map(str, items))}]"
     value = number(answer)
-    return str(value) if value is not None else normalize(answer) or None
+    if kind == "float" and value is not None and decimals is not None:
+        return f"{round(float(value), decimals) + 0.0:.{decimals}f}"  # + 0.0: there is no negative zero
+    return str(value) if value is not None else None if kind else normalize(answer) or None
 
 
 def is_correct(answer: str | None, example: dict) -> bool:
-    """1(a* = a): exact match of canonical answers; an answer that cannot be read is wrong."""
-    mine, gold = canonical(answer, example["choices"]), canonical(example["answer"], example["choices"])
-    return mine is not None and mine == gold
+    """1(a* = a): exact match of canonical answers; one that cannot be read is wrong, and so is a number with another unit than the gold one's.
+
+    >>> [is_correct(a, {"answer": "5 cm", "choices": None}) for a in ("5 cm", "5", "5 m", None)]
+    [True, True, False, False]
+    """
+    mine, gold = (canonical(a, example["choices"], example) for a in (answer, example["answer"]))
+    if mine is None or mine != gold or example["choices"]:
+        return mine is not None and mine == gold
+    numbers = [NUMBER.fullmatch(normalize(a)) for a in (answer, example["answer"])]
+    return len({m[5] for m in numbers if m and m[5]}) < 2
 
 
 # ---------------------------------------------------------------- models and prompts
@@ -540,8 +609,7 @@ def user_text(example: dict, instruction: str) -> str:
 
 def talk_of(example: dict, args) -> list[dict]:
     """The conversation that a chat template takes: one user turn of the image and the text."""
-    with Image.open(example["image"]) as image:
-        return [{"role": "user", "content": [{"type": "image", "image": image.convert("RGB")}, {"type": "text", "text": user_text(example, args.instruction)}]}]
+    return [{"role": "user", "content": [{"type": "image", "image": read_image(example)}, {"type": "text", "text": user_text(example, args.instruction)}]}]
 
 
 def encode_prompts(policy: Policy, examples: list[dict], args) -> dict[str, torch.Tensor]:
@@ -1057,10 +1125,10 @@ def sample_rows(policy: Policy, examples: list[dict], n: int, temperature: float
     rows = []
     for i, example in enumerate(examples):
         for k, response in enumerate(responses[i]):
-            answer = extract_answer(response.text) if response.finished else None  # a cut response has no final answer
+            answer = extract_answer(response.text, example) if response.finished else None  # a cut response has no final answer
             rows.append({"id": example["id"], "iteration": iteration, "sample": k, "temperature": temperature, "seed": seeds[i][k],
                          "response": response.text, "token_ids": response.token_ids, "finished": response.finished,
-                         "answer": canonical(answer, example["choices"]), "correct": is_correct(answer, example)})
+                         "answer": canonical(answer, example["choices"], example), "correct": is_correct(answer, example)})
     if prm:
         wanted = [[row for row in rows[i * n:(i + 1) * n] if row["finished"] and (row["correct"] or not right_only)] for i in range(len(examples))]
         scores = score_steps(prm, examples, [[row["token_ids"] for row in group] for group in wanted], args)

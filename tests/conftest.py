@@ -64,7 +64,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def args():
     """The common flags at their defaults, on the CPU, with the fields that training reads."""
-    args = common.CommonArgs(device="cpu", max_new_tokens=12)
+    args = common.ScoringArgs(device="cpu", max_new_tokens=12)
     args.learning_rate, args.warmup_steps = 1e-3, 4
     return args
 

@@ -55,3 +55,89 @@ def test_equal_answers_count_as_one_vote():
     assert common.canonical("7.0", None) == common.canonical(" 7 ", None) == common.canonical("14/2", None)
     assert common.canonical("(b)", AB) == common.canonical("12", AB) == "B"
     assert common.canonical("A or B", AB) is None and common.canonical(None, AB) is None
+
+
+# ---- the rules of the six datasets: response, right? ... under one example each
+
+INTEGER, FLOAT1, FLOAT2, LIST, LETTER = ({"choices": None, **kind} for kind in (
+    {"answer_type": "integer"}, {"answer_type": "float", "precision": 1}, {"answer_type": "float", "precision": 2}, {"answer_type": "list"},
+    {"answer_type": "letter", "question": "What is shown?\nOptions: A: a cat, B: a dog, sitting, C: 1,200 birds, D: nothing"}))
+ANGLES, PERMUTED, SURDS = ["30°", "45°", "60°", "90°"], ["(c)", "(a)", "(b)"], ["2\\sqrt{3}", "\\frac{1}{2}", "\\sqrt{6}", "12"]
+SENTENCES = ["The cat sleeps.", "A dog barks.", "Both A and B", "None of the above", "none"]
+PARTS = ["B", "C", "D", "A"]          # AI2D: arrows in a diagram
+PLANTS = ["E", "F", "G", "H"]         # letters that are no position
+NEAR = ["5", "5%", "50", "0.5"]       # two texts that read alike
+YES = ["Yes", "No"]
+
+DATASETS = {
+    # MathV360K: free answers, hints with integer and decimals, choices, trailing dots
+    "mathv360k": [
+        ({"choices": None, "answer": "Yes"}, {"The answer is Yes.": True, "Answer: yes": True, "**Answer:** Yes": True, "Answer: Yes and No": False, "Answer: Not yes": False,
+                                              "yes": False, "Answer: Yes\nAnswer: No": False, "The answer isn't yes": False, "Answer: \"Yes\"": True}),
+        ({**INTEGER, "answer": "1,250"}, {"Answer: 1250": True, "Answer: 1,250": True, "Answer: 1{,}250": True, "Answer: 1 250": False, "Answer: 1.250": False,
+                                          "Answer: 12,50": False, "Answer: $1,250$ apples": True, "Answer: 1250.4": False, "Answer: 1250 or 1251": False}),
+        ({**INTEGER, "answer": "-7"}, {"Answer: -7": True, "Answer: \u22127": True, "Answer: - 7": True, "Answer: 7": False, "Answer: --7": False, "\\boxed{-7.0}": True}),
+        ({"choices": None, "answer": "1/2"}, {"Answer: 0.5": True, "Answer: \\frac{1}{2}": True, "Answer: \\frac12": True, "Answer: \\dfrac{2}{4}": True, "Answer: 1/3": False,
+                                              "Answer: 1\\frac{1}{2}": False, "Answer: 50%": False, "Answer: 1/2 or 1/3": False}),
+        ({"choices": None, "answer": "1 1/2"}, {"Answer: 1\\frac{1}{2}": True, "Answer: 3/2": True, "Answer: 1.5": True, "Answer: 11/2": False, "Answer: 5.5": False}),
+        ({"choices": None, "answer": "5 cm"}, {"Answer: 5 cm": True, "Answer: 5cm.": True, "Answer: 5": True, "Answer: 5 m": False, "Answer: 5 \\text{ cm}": True, "Answer: 5 cm^2": False}),
+        ({"choices": None, "answer": "24 cm^2"}, {"Answer: 24 cm^2": True, "Answer: 24": True, "Answer: 24 square cm": False, "Answer: 24 cm": False}),
+        ({"choices": None, "answer": "60"}, {"Answer: 60 km/h": True, "Answer: 60 miles per hour": True, "Answer: 60 per 2 hours": False, "Answer: x = 60": True, "Answer: 2x = 60": False,
+                                             "Answer: 60x": False, "Answer: 60 million": False, "Answer: 60k": False, "Answer: 60 and": False, "Answer: 60%": True, "Answer: 60\\%": True}),
+        ({"choices": SURDS, "answer": "A"}, {"Answer: (A)": True, "Answer: 2\\sqrt{3}": True, "Answer: 2 \\sqrt { 3 }": True, "Answer: $2\\sqrt{3}$": True, "Answer: (A) 2\\sqrt{3}": True,
+                                             "Answer: (A) \\sqrt{6}": False, "\\boxed{\\text{A}}": True, "\\boxed{2\\sqrt{3}}": True, "Answer: (B)": False, "Answer: \\sqrt{3}": False}),
+        ({"choices": ANGLES, "answer": "C"}, {"Answer: 60": True, "Answer: 60^\\circ": True, "Answer: 60^{\\circ}": True, "Answer: 60 \\degree": True, "Answer: C. 60°": True, "Answer: 30": False,
+                                              "Answer: 60 or 90": False, "Answer: C or D": False, "So it is \\boxed{C}.": True, "\\boxed{C} or \\boxed{D}": False, "Answer: E": False}),
+        ({**LETTER, "answer": "C"}, {"Answer: (c)": True, "Answer: C.": True, "Answer: the third": False, "": False})],
+    # MathVista: text answers become positions, precision is the question's
+    "mathvista": [
+        ({"choices": PERMUTED, "answer": "B"}, {"Answer: B": True, "Answer: (b)": True, "Answer: (a)": False, "Answer: A": False, "Answer: (C)": False, "Answer: (B) (a)": True, "Answer: (B) (c)": False}),
+        ({"choices": YES, "answer": "A"}, {"Answer: Yes": True, "Answer: A": True, "Answer: (A) Yes": True, "Answer: (A) No": False, "Answer: No": False, "Answer: ": False, "": False, "Yes": False,
+                                           "Answer: yes or no": False, "Answer: Yes\nAnswer: A": True, "Answer: Yes\nAnswer: B": False}),
+        ({**INTEGER, "answer": "7"}, {"Answer: 7": True, "Answer: 7.0": True, "Answer: 7.4": False, "Answer: 6.9999999": False, "Answer: seven": False, "Answer: 7 years": True, "Answer: 14/2": True,
+                                      "Answer: 7 +- 1": False, "Answer: 7e0": False, "Answer: " + "7" * 5000: False, "Answer: 7" + "0" * 30: False}),
+        ({**FLOAT1, "answer": "0.6"}, {"Answer: 0.6": True, "Answer: 0.58": True, "Answer: .6": True, "Answer: 3/5": True, "Answer: 0.66": False, "Answer: 0.5": False, "Answer: 60%": False, "Answer: 0.6 m": True}),
+        ({**FLOAT1, "answer": "-0.0"}, {"Answer: 0": True, "Answer: 0.04": True, "Answer: 0.06": False}),
+        ({**FLOAT2, "answer": "1.45"}, {"Answer: 1.45": True, "Answer: $1.45": True, "Answer: \\$1.45": True, "Answer: €1.45": True, "Answer: 1.449": True, "Answer: 1.4": False, "Answer: 1.46": False, "Answer: 145 cents": False,
+                                        "Answer: 1.45 or 1.50": False, "Answer: " + "1." + "4" * 60: False}),
+        ({**FLOAT2, "answer": "1234.5"}, {"Answer: 1,234.50": True, "Answer: 1234.5": True, "Answer: 1.234,50": False}),
+        ({**LIST, "answer": "[2007, 2008]"}, {"Answer: [2007, 2008]": True, "Answer: [2007,2008]": True, "Answer: 2007, 2008": True, "Answer: [2007.0, 2008]": True, "Answer: [2008, 2007]": False, "Answer: [2007]": False,
+                                              "Answer: 2007 and 2008": False, "Answer: [2007, 2008, 2009]": False, "Answer: []": False, "Answer: [2007, x]": False, "\\boxed{[2007, 2008]}": True, "Answer: 20072008": False})],
+    # M3CoT: two to five choices, sentences as options
+    "m3cot": [
+        ({"choices": SENTENCES, "answer": "E"}, {"Answer: E": True, "Answer: (E)": True, "Answer: none": True, "Answer: D": False, "Answer: None of the above": False, "Answer: F": False, "Answer: (E) none": True, "Answer: [E]": True}),
+        ({"choices": SENTENCES, "answer": "C"}, {"Answer: Both A and B": True, "Answer: A and B": False, "Answer: C: Both A and B": True, "Answer: A, B": False, "The correct option is C": True}),
+        ({"choices": SENTENCES, "answer": "B"}, {"Answer: A dog barks.": True, "Answer: A dog barks": True, "Answer: A": False, "Answer: a": False, "Answer: Option B": True, "Answer: option (B)": True, "The correct choice is: (B) A dog barks.": True,
+                                                 "The answer is B.\n\nSo the answer is (B) A dog barks.": True, "The answer is B.\nThe answer is C.": False, "Answer: B. The cat sleeps.": False, "Answer: B, not A": False})],
+    # MMStar: options inside the question: letters, with their own text or none
+    "mmstar": [
+        ({**LETTER, "answer": "B"}, {"Answer: B": True, "Answer: b": True, "Answer: (B)": True, "Answer: B: a dog, sitting": True, "Answer: B: a cat": False, "Answer: B: a": False, "Answer: a dog, sitting": False, "Answer: A": False, "Answer: B or C": False,
+                                     "Answer: BC": False, "Answer: A: a cat, B: a dog, sitting": False, "Answer: **B**": True, "Answer: $\\mathrm{B}$": True, "B": False}),
+        ({**LETTER, "answer": "C"}, {"Answer: C: 1200 birds": True, "Answer: C: 1,200 birds": True, "Answer: C: 1": False, "Answer: 1,200 birds": False}),
+        ({**LETTER, "answer": "D"}, {"Answer: D: nothing": True, "Answer: D) nothing.": True, "Answer: (D) noth": False})],
+    # MMBench: every rotated copy is judged by its own letters
+    "mmbench": [
+        ({"choices": ["cat", "dog", "cow"], "answer": "C"}, {"Answer: C": True, "Answer: cow": True, "Answer: A": False, "Answer: dog": False, "Answer: D": False, "Answer: cat and cow": False}),
+        ({"choices": ["cow", "cat", "dog"], "answer": "A"}, {"Answer: C": False, "Answer: cow": True, "Answer: A. cow": True, "Answer: A. cat": False}),
+        ({"choices": NEAR, "answer": "B"}, {"Answer: B": True, "Answer: 5%": False, "Answer: 5": False, "Answer: (B) 5%": True})],
+    # AI2D: option texts that are letters: the position counts
+    "ai2d": [
+        ({"choices": PARTS, "answer": "A"}, {"Answer: A": True, "Answer: B": False, "Answer: (A) B": True, "Answer: (B) C": False, "Answer: (A) A": False, "Answer: A, B": False}),
+        ({"choices": PARTS, "answer": "D"}, {"Answer: D": True, "Answer: A": False, "Answer: D: A": True, "Answer: D: D": False}),
+        ({"choices": PLANTS, "answer": "B"}, {"Answer: B": True, "Answer: F": True, "Answer: f": True, "Answer: E": False, "Answer: (B) F": True, "Answer: (B) E": False, "Answer: I": False})],
+}
+CASES = [(name, example, response, right) for name, examples in DATASETS.items() for example, responses in examples for response, right in responses.items()]
+
+
+@pytest.mark.parametrize("name, example, response, right", CASES)
+def test_each_dataset_is_judged_by_its_own_rules(name, example, response, right):
+    assert common.is_correct(common.extract_answer(response, example), example) is right
+
+
+def test_the_dataset_table_has_at_least_150_cases_of_both_kinds():
+    assert len(CASES) >= 150 and 70 <= sum(right for *_, right in CASES) <= len(CASES) - 70
+
+
+@pytest.mark.parametrize("response, example", [("Answer: seven", INTEGER), ("Answer: [1, x]", LIST), ("Answer: a dog, sitting", LETTER), ("Answer: B: a cat", LETTER), ("Answer: A or B", {"choices": AB})])
+def test_an_answer_that_its_type_cannot_read_counts_as_unparsable(response, example):
+    assert common.canonical(common.extract_answer(response, example), example["choices"], example) is None
