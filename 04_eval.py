@@ -11,7 +11,7 @@ Writes  runs/toy/04_eval/predictions.jsonl  one greedy response and K samples pe
 Intervals are 95 % bootstrap intervals over prompts. Differences are paired: the same prompts, resampled together.
 
 Benchmarks are asked in our one prompt form, question, lettered choices, --instruction, with the dataset's own hint or
-context before the question. MMStar-R and MMBench-R leave out the perception categories (paper, section 4.1). MMBench asks
+context before the question. MMStar-R and MMBench-R leave out the perception categories, as in the paper. MMBench asks
 a question several times with its choices rotated: it counts if all copies are right; "plain" looks at the base copy.
 
     python 04_eval.py
