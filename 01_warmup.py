@@ -6,7 +6,7 @@ Writes  runs/toy/01_warmup/samples.jsonl  every sampled response, checked
                            model/         the warmed-up policy, a plain Hugging Face folder
                            metrics.json   what happened
 
---data mathv360k splits MathV360K once (paper, section 3.1): from --data_root/train_samples_all_tuning.json and
+--data mathv360k splits MathV360K once, in the paper's sizes: from --data_root/train_samples_all_tuning.json and
 --data_root/data_images/, or the hub if they are not there, to train.jsonl (the labelled half), unlabeled.jsonl (the
 rest), test.jsonl (750) and val.jsonl (250) beside them, with split.json, which says what was left out and why. 02, 03
 and 04 take these files by path. No image and no question text is in two splits, so the split is not a plain draw:
@@ -16,7 +16,7 @@ more. Answers stand in unlabeled.jsonl too: only the oracle experiment may read 
 
 Departures from the paper:
 1. A prompt contributes at most --keep right responses, so that easy prompts do not crowd out hard ones.
-2. The paper does not say how it split; its splits may share images and question texts, ours do not.
+2. Splits of MathV360K share no image and no question text; the paper does not say this of its own.
 
     python 01_warmup.py
     python 01_warmup.py --model Qwen/Qwen2.5-VL-3B-Instruct --data my/train.jsonl --runs runs/qwen

@@ -14,7 +14,7 @@ With several --runs it only draws their dynamics into one figure; with --study i
 table (mean over seeds, interval over seeds and prompts) and paired differences.
 
 Benchmarks are asked in our one prompt form, question, lettered choices, --instruction, with the dataset's own hint or
-context before the question. MMStar-R and MMBench-R leave out the perception categories (paper, section 4.1). MMBench asks
+context before the question. MMStar-R and MMBench-R leave out the perception categories, as in the paper. MMBench asks
 a question several times with its choices rotated: it counts if all copies are right; "plain" looks at the base copy.
 
     python 04_eval.py

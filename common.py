@@ -359,20 +359,21 @@ def extract_answer(response: str, example: dict | None = None) -> str | None:
     return named[-1] if named and named[-1] and len(forms) == 1 else None
 
 
-@lru_cache(maxsize=1 << 16)  # answers repeat
+@lru_cache(maxsize=1 << 14)  # answers repeat
 def undress(answer: str) -> str:
     r"""An answer without Markdown, quotes, LaTeX delimiters, spacing and text commands, degree and percent signs, final full stops.
 
     >>> undress("**(B)**."), undress("\\(\\text{Yes}\\)"), undress("$45^\\circ$")
     ('(B)', 'Yes', '45')
     """
-    text = re.sub(r"\*\*([^*]+)\*\*", r"\1", answer.replace("\u2212", "-").replace("{,}", ","))  # the minus sign is no hyphen
+    text = " ".join(answer.split()).replace("\u2212", "-").replace("{,}", ",")  # the minus sign is no hyphen
+    text = re.sub(r"\*\*([^*]+)\*\*", r"\1", text)
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\left|\\right|\\[,;:! $%()\[\]]|\^?\s*\{?\s*(?:\\circ(?![a-z])|\\degree|∘)\s*\}?|[$%°]", "", text)
     return text.strip(" \t\r\n*_`\"'“”‘’").rstrip(".").strip()
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 14)
 def normalize(answer: str) -> str:
     r"""`undress`, and case, spaces, fractions, roots and thousands separators in one form.
 
@@ -386,7 +387,7 @@ def normalize(answer: str) -> str:
     return " ".join(text.split())
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 14)
 def number(text: str) -> Fraction | None:
     """The exact number that a text is, or None: '1,250', '-3.50', '3/4', '1 1/2', '7 cm', 'x = 7' are, 'row 7', '7 or 8', '2x' are not.
 

@@ -1,5 +1,7 @@
 """Answer extraction and checking against a hand-made table: it fails closed, letters are positions, numbers are exact."""
 
+import time
+
 import pytest
 
 import common
@@ -141,3 +143,11 @@ def test_the_dataset_table_has_at_least_150_cases_of_both_kinds():
 @pytest.mark.parametrize("response, example", [("Answer: seven", INTEGER), ("Answer: [1, x]", LIST), ("Answer: a dog, sitting", LETTER), ("Answer: B: a cat", LETTER), ("Answer: A or B", {"choices": AB})])
 def test_an_answer_that_its_type_cannot_read_counts_as_unparsable(response, example):
     assert common.canonical(common.extract_answer(response, example), example["choices"], example) is None
+
+
+@pytest.mark.parametrize("text", ["Answer: 7" + " " * 4000 + "x", "\\boxed{" * 4000, "\\boxed" + "{a" * 4000, "Answer: " + "{" * 4000 + "}" * 4000, "Answer: " + "7 " * 4000, "Answer: 7" + "." * 4000 + "x",
+                                  "Answer: 7 " + "per " * 4000, "Answer: [" + "1, " * 4000, "Answer: B: " + "a cat " * 4000, "correct" + " " * 4000, "answer is " * 4000])
+@pytest.mark.parametrize("example", [{"answer": "9", "choices": None}, {"answer": "B", "choices": AB}, {**LIST, "answer": "[9]"}, {**LETTER, "answer": "B"}])
+def test_a_response_that_never_comes_to_an_end_is_wrong_and_costs_little_time(text, example):
+    start = time.process_time()
+    assert not common.is_correct(common.extract_answer(text, example), example) and time.process_time() - start < 2
