@@ -5,6 +5,7 @@ comments where the code meets them. Every function can be lifted on its own; not
 """
 
 import argparse
+import ctypes
 import fcntl
 import gc
 import hashlib
@@ -14,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -41,6 +43,9 @@ NO_UNIT = "or|and|to|not|nor|than|then|but|plus|minus|over|if|because|since|thou
 UNIT = rf"(?:(?:square|cubic|sq\.?|cu\.?)\s+)?(?!(?:{NO_UNIT})(?![a-z]))[a-z]+(?:\s*\^\s*{{?[23]}}?|[²³23])?"
 NUMBER = re.compile(r"(?:[a-z]\s*=\s*)?[€£¥]?\s*([+-]?)\s*(?:(\d{1,40})\s+(?=\d+\s*/))?(\d{1,40}\.?\d{0,40}|\.\d{1,40})(?:\s*/\s*(\d{1,40}))?"
                     rf"(?:\s*(?!e\d)({UNIT}(?:\s*(?:/|per\b)\s*{UNIT})?))?")  # sign, whole part of a mixed fraction, number, denominator, unit
+
+if "__mp_main__" in sys.modules:  # this is one of vLLM's processes, which read the script again: a killed trainer must not leave it holding the GPU
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
 
 
 class InputError(Exception):
@@ -886,8 +891,8 @@ def start_engine(policy: Policy, example: dict, args) -> None:
             move_trainer(policy, "cpu")
         try:
             engine = vllm.LLM(f"{folder}/policy", dtype=str(policy.model.dtype).removeprefix("torch."), gpu_memory_utilization=args.engine_memory,
-                              max_model_len=min(args.max_prompt_tokens + args.max_new_tokens, text.max_position_embeddings), enable_prefix_caching=True,
-                              limit_mm_per_prompt={"image": 1}, generation_config="vllm", trust_remote_code=args.trust_remote_code,
+                              max_model_len=min(args.max_prompt_tokens + args.max_new_tokens, getattr(text, "max_position_embeddings", 1 << 20)), enable_prefix_caching=True,
+                              limit_mm_per_prompt={"image": 1, "video": 0}, generation_config="vllm", trust_remote_code=args.trust_remote_code,
                               enforce_eager=args.device == "cpu", disable_log_stats=True)
         except (ValueError, RuntimeError) as error:
             raise InputError(f"vLLM did not start ({str(error).splitlines()[0]}); its own words stand above. If it lacks memory, change --engine_memory "
@@ -1250,7 +1255,8 @@ def fit(policy: Policy, optimizer, batches: list, loss_of, args, label: str, sta
     weights, attention = [p for group in optimizer.param_groups for p in group["params"]], policy.model.config._attn_implementation
     hooks = [weight.register_post_accumulate_grad_hook(optimizer.gather) for weight in masters_of(optimizer)]
     policy.model.train()
-    if args.device == "cpu" and args.attention == "auto":
+    eager = args.device == "cpu" and args.attention == "auto"
+    if eager:
         policy.model.set_attn_implementation("eager")  # measured: the masked backward pass of SDPA is slower on a CPU
     for batch in tqdm(batches[state["batch"]:], desc=label, initial=state["batch"], total=len(batches)):
         for group in optimizer.param_groups:
@@ -1274,6 +1280,7 @@ def fit(policy: Policy, optimizer, batches: list, loss_of, args, label: str, sta
             save(state)
     for hook in hooks:
         hook.remove()
-    policy.model.set_attn_implementation(attention)
+    if eager:
+        policy.model.set_attn_implementation(attention)
     policy.model.eval()
     return state

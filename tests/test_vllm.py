@@ -3,14 +3,18 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import common
-from conftest import stage
+from conftest import ROOT
 from test_models import ids_of, seeds
+from test_stages import ENV
 
 LACK = common.vllm_lacks("cpu")
 pytestmark = pytest.mark.skipif(bool(LACK), reason=f"no vLLM here for a CPU: {LACK}")
@@ -28,20 +32,29 @@ def by_transformers(args):
     return common.replace(args, engine="transformers")
 
 
-def children() -> dict[int, int]:
-    """Resident memory in MiB of every process under this one."""
+def children(of: int | None = None) -> dict[int, int]:
+    """Resident memory in MiB of every live process under this one (or under `of`)."""
     found = {}
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         except OSError:
             continue
-        found[int(fields["Pid"])] = int(fields["PPid"]), int(fields.get("VmRSS", "0 kB").split()[0]) >> 10, fields["State"].strip()[0]
-    mine, grown = {os.getpid()}, True
+        if fields["State"].strip()[0] not in "ZX":
+            found[int(fields["Pid"])] = int(fields["PPid"]), int(fields.get("VmRSS", "0 kB").split()[0]) >> 10
+    mine, grown = {of or os.getpid()}, True
     while grown:
-        more = {pid for pid, (parent, _, state) in found.items() if parent in mine and state != "Z"} - mine
+        more = {pid for pid, (parent, _) in found.items() if parent in mine} - mine
         mine, grown = mine | more, bool(more)
-    return {pid: found[pid][1] for pid in mine - {os.getpid()}}
+    return {pid: found[pid][1] for pid in mine - {of or os.getpid()}}
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs; one that has ended and waits to be collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def test_the_engine_gives_the_trainers_tokens_and_is_repeatable_and_leaves_nothing_behind(tiny, examples, args, capsys):
@@ -116,20 +129,38 @@ def test_after_training_a_new_engine_holds_the_new_weights(policy, examples, arg
         common.probe_engine(policy, engine, examples[0], [*ids[:2], 0, *ids[3:]], wanted, probe)
 
 
-def test_a_whole_iteration_of_self_evolving_runs_on_vllm(world, tmp_path, monkeypatch):
-    """Stage 03 with the toy's base model as policy and as PRM, from folders as 01 and 02 leave them; then stage 03 continues what is done."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "LOCKS", [])
-    shutil.copytree(world, "data/toy")
+def test_a_whole_iteration_of_self_evolving_runs_on_vllm_and_a_killed_one_leaves_no_engine(world, tmp_path):
+    """Stage 03 with the toy's base model as policy and as PRM, from folders as 01 and 02 leave them: killed with its engine up, then run to the end."""
+    shutil.copytree(world, tmp_path / "data/toy")
+    runs = tmp_path / "runs/toy"
     for name in ("01_warmup", "02_train_prm"):
-        shutil.copytree(world / "base", f"runs/toy/{name}/model")
+        shutil.copytree(world / "base", runs / name / "model")
     tokens = common.load_policy(world / "base", common.CommonArgs(device="cpu")).tokenizer.convert_tokens_to_ids(["+", "-"])
+<<<<<<< HEAD
     common.write_json("runs/toy/02_train_prm/model/prm.json", {"marks": tokens})
     module = stage("03_self_evolve")
     module.main(module.Args(device="cpu", engine="vllm", engine_memory=0.15, passes=0.5, steps=3, samples=6, interval=0.5))
     common.close_engine()
     start, end = common.read_jsonl("runs/toy/03_self_evolve/metrics.jsonl")
     samples = common.read_jsonl("runs/toy/03_self_evolve/iter_01/samples.jsonl")
+=======
+    common.write_json(runs / "02_train_prm/model/prm.json", {"marks": tokens})
+    command = [sys.executable, str(ROOT / "03_self_evolve.py"), *"--device cpu --engine vllm --engine_memory 0.15 --passes 0.5 --steps 3 --samples 6 --interval 0.5".split()]
+
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=log, text=True) as killed:
+        assert any("vLLM started" in line for line in killed.stdout), (tmp_path / "log").read_text()[-2000:]
+        engine = children(killed.pid)
+        killed.kill()
+    deadline = time.time() + 60
+    while time.time() < deadline and any(map(alive, engine)):
+        time.sleep(0.5)
+    assert len(engine) >= 2 and not [pid for pid in engine if alive(pid)]
+
+    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("vLLM started") == 2  # one engine before the training, one after
+    start, end = common.read_jsonl(runs / "03_self_evolve/metrics.jsonl")
+    samples = common.read_jsonl(runs / "03_self_evolve/iter_01/samples.jsonl")
+>>>>>>> models
     assert end["selected"] > 0 and end["steps"] == 3 and len(samples) == 16 * 6 == len({row["seed"] for row in samples})
-    assert json.loads(Path("runs/toy/03_self_evolve/run.json").read_text())["flags"]["engine"] == "vllm"
-    assert not list(Path("runs/toy").glob("engine-*"))
+    assert json.loads((runs / "03_self_evolve/run.json").read_text())["flags"]["engine"] == "vllm"
