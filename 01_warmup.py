@@ -35,7 +35,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import (LETTERS, CommonArgs, InputError, append_chunks, canonical, check_longest_prompts, choice_index, digest, distinct, epoch_batches,
+from common import (LETTERS, CommonArgs, InputError, append_chunks, canonical, check_longest_prompts, choice_index, digest, distinct, drop_checkpoint, epoch_batches,
                     fit, flag, grouped, load_checkpoint, load_examples, load_policy, make_optimizer, open_run, print_table, run_stage, sample_rows,
                     save_checkpoint, save_model, seed_of, sft_loss, write_json, write_jsonl)
 
@@ -292,7 +292,7 @@ def main(args: Args) -> None:
     state = fit(policy, optimizer, batches, lambda batch: sft_loss(policy, [by_id[r["id"]] for r in batch], [r["token_ids"] for r in batch], args),
                 args, "01 train", state, lambda s: save_checkpoint(out / "checkpoint", policy, optimizer, s))
     save_model(policy, out / "model")
-    shutil.rmtree(out / "checkpoint", ignore_errors=True)  # the model is whole now
+    drop_checkpoint(out / "checkpoint")  # the model is whole now
     right = sum(row["correct"] for row in rows)
     write_json(out / "metrics.json", {
         "prompts": len(examples), "samples": len(rows), "right": right / len(rows), "unparsable": sum(r["answer"] is None for r in rows) / len(rows),

@@ -21,7 +21,6 @@ Departures from the paper:
 """
 
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
-from common import (InputError, ScoringArgs, append_chunks, append_tokens, canonical, check_longest_prompts, distinct, encode_prompts,
+from common import (InputError, ScoringArgs, append_chunks, append_tokens, canonical, check_longest_prompts, distinct, drop_checkpoint, encode_prompts,
                     epoch_batches, extract_answer, fit, flag, generate, grouped, is_correct, load_checker, load_checkpoint, load_examples, load_policy, make_optimizer,
                     open_run, print_table, run_stage, sample_rows, save_checkpoint, save_model, score_steps, seed_of, step_ends, step_logits, write_json, write_jsonl)
 
@@ -202,7 +201,7 @@ def main(args: Args) -> None:
                                                                 [steps_of[r["id"], r["sample"]] for r in batch], args.labels, args),
                 args, "02 train", state, lambda s: save_checkpoint(out / "checkpoint", prm, optimizer, s))
     save_model(prm, out / "model")
-    shutil.rmtree(out / "checkpoint", ignore_errors=True)  # the model is whole now
+    drop_checkpoint(out / "checkpoint")  # the model is whole now
     trained = time.time()
 
     # Report, on prompts it was not trained on

@@ -14,8 +14,8 @@ One optimisation runs through all iterations: neither the AdamW moments nor the 
 an iteration or a restart. The PRM stays fixed. Search and validation never see training, test or ood prompts.
 
 Every other row of the paper's tables is a flag: --method, --interval, --select and --k, --aggregate, --unlabeled and
---mixin, --temperature and --objective. Whatever they say, a run draws --passes x prompts x K samples and takes --steps
-optimizer steps. Two flags go past the paper: --prm_refresh and --temperature per_class.
+--mixin, --temperature and --objective. Whatever they say, a run draws --passes x prompts x K samples (sft none) and takes
+--steps optimizer steps; the temperature search and a refreshed PRM draw theirs on top. Two flags go past the paper: --prm_refresh and --temperature per_class.
 
 Departures from the paper:
 1. Every iteration takes the same number of optimizer steps (--steps / iterations), whatever was selected.
@@ -51,7 +51,7 @@ class Args(ScoringArgs):
     val: str = flag("data/toy/val.jsonl", "fixed validation set: dynamics and temperature search")
     method: Literal["continuous", "iterative_rft", "rest_em", "sft"] = flag(
         "continuous", "continuous: one optimisation; iterative_rft: optimizer and rate schedule begin anew every iteration; rest_em: the weights as well; "
-                      "sft: one pass over the gold answers, nothing sampled")
+                      "sft: --steps on the gold answers, nothing sampled")
     interval: float = flag(0.25, "iteration interval: share of the labelled prompts that one iteration consumes")
     passes: float = flag(2.0, "passes over the labelled prompts in all; passes / interval iterations")
     samples: int = flag(8, "K: responses per prompt")
@@ -125,7 +125,7 @@ def pseudo_label(rows: list[dict], weights: str) -> tuple[list[dict], int]:
 
 def generate_samples(policy, prm, prompts: list[dict], t: int, choice: dict, classes: dict, folder: Path, args: Args) -> list[dict]:
     """K checked samples per prompt, with R = 1(a = a*) x R_p; of unlabelled prompts every sample gets R_p, for the vote."""
-    heat = lambda e: choice.get(classes.get(e["id"]), choice["all"])  # T of a prompt
+    heat = lambda e: choice.get(e["answer"] and classes.get(e["id"]), choice["all"])  # T of a prompt; a hidden answer gives no solve rate
     kind = lambda e: (e["answer"] is None, heat(e))
 
     def produce(chunk):
@@ -251,8 +251,14 @@ def current_temperature(searches: list[dict], out: Path, t: int, args: Args) -> 
 
 def check_flags(args: Args) -> int:
     """The number of iterations; raises InputError for flags that contradict each other."""
+    if not 0 < args.interval <= 1:
+        raise InputError(f"--interval {args.interval} must be above 0 and at most 1")
     iterations = 1 if args.method == "sft" else round(args.passes / args.interval)
-    if not 0 < args.interval <= 1 or iterations < 1 or args.steps < iterations:
+    if min(args.search_every, args.search_prompts, args.k, args.samples) < 1:
+        raise InputError("--search_every, --search_prompts, --k and --samples must be at least 1")
+    if args.method == "sft" and (args.unlabeled != "none" or args.prm_refresh):
+        raise InputError("--method sft samples nothing: drop --unlabeled and --prm_refresh")
+    if iterations < 1 or args.steps < iterations:
         raise InputError(f"--interval {args.interval}, --passes {args.passes} and --steps {args.steps} must give at least one iteration of at least one step")
     if args.temperature not in ("adaptive", "per_class"):
         try:

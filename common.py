@@ -266,6 +266,12 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict) -> None:
             shutil.rmtree(old)
 
 
+def drop_checkpoint(folder: Path) -> None:
+    """Delete the checkpoint of a finished training; state.json first, so that a killed deletion leaves none rather than half of one."""
+    (folder / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
     """Put the newest checkpoint of `save_checkpoint` into policy and optimizer; its state, or None if there is none."""
     if not (folder / "state.json").exists():
@@ -601,6 +607,8 @@ def load_weights(policy: Policy, path) -> None:
     close_engine()
     fresh = type(policy.model).from_pretrained(path, config=policy.model.config, dtype=policy.model.dtype)  # class and config are here: no remote code is looked up
     policy.model.load_state_dict(fresh.state_dict())
+    for weight, master in masters_of(policy.optimizer).items():
+        master.data.copy_(weight)  # else the next optimizer step would bring the old weights back
 
 
 def user_text(example: dict, instruction: str) -> str:
@@ -750,8 +758,8 @@ def generate(policy: Policy, examples: list[dict], seeds: list[list[int]], tempe
     workers = 1 if one_by_one else min(2, threads)  # two batches side by side: small matrices keep one core busy, not two
     parts = slices_of_rows(seeds, min(args.rows, -(-sum(map(len, seeds)) // workers)))
     prefixes = prefixes or [[] for _ in examples]
-    jobs = [(append_tokens(encode_prompts(policy, examples[part], args), prefixes[part], policy.pad_id, left=True), seeds[part], prefixes[part])
-            for part in parts]
+    jobs = ((append_tokens(encode_prompts(policy, examples[part], args), prefixes[part], policy.pad_id, left=True), seeds[part], prefixes[part])
+            for part in parts)  # one by one on a GPU: the images of a whole chunk need not fit
     try:
         torch.set_num_threads(threads // workers)
         with ThreadPoolExecutor(workers) as pool:
@@ -1012,9 +1020,11 @@ def score_steps(prm: Policy, examples: list[dict], responses: list[list[list[int
 
     The prompt, image included, runs once for all responses to it. A response without a step gets an empty list.
     """
-    scores: list[list[list[float]]] = []
-    for part in slices_of_rows(responses, args.rows):
-        scores += score_batch(prm, examples[part], responses[part], args)
+    scores: list[list[list[float]]] = [[] for _ in responses]
+    full = [i for i, row in enumerate(responses) if row]  # a prompt without a response is not even read
+    for part in slices_of_rows([responses[i] for i in full], args.rows):
+        for i, row in zip(full[part], score_batch(prm, [examples[i] for i in full[part]], [responses[i] for i in full[part]], args)):
+            scores[i] = row
     return scores
 
 
@@ -1029,7 +1039,7 @@ def score_batch(prm: Policy, examples, responses, args) -> list[list[list[float]
     batch = encode_prompts(prm, examples, args)
     prompts = inner(**batch, use_cache=True).past_key_values
     deltas, scores = getattr(inner, "rope_deltas", None), [[] for _ in flat]
-    order = sorted(range(len(flat)), key=lambda k: len(flat[k]))  # responses of like length together: little is spent on padding
+    order = sorted((k for k in range(len(flat)) if ends[k]), key=lambda k: len(flat[k]))  # responses of like length together: little is spent on padding
     for part in (order[a:a + 128] for a in range(0, len(order), 128)):
         cache = deepcopy(prompts)
         if deltas is not None:

@@ -4,7 +4,7 @@
     python tests/study.py --only M-STaR Top-2 --seeds 0 # some of them
     python 04_eval.py --study runs/study/rows.jsonl     # the table and the paired tests
 
-Reads   data/toy (made if missing)
+Reads   data/toy (python tests/toy.py makes it)
 Writes  runs/study/seed<S>/01_warmup, 02_train_prm    shared by all rows of a seed
         runs/study/seed<S>/<row>/03_self_evolve/      one run, as stage 03 writes it
         runs/study/rows.jsonl                         one line per finished run: flags, budget, a verdict per test and ood prompt

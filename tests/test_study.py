@@ -151,8 +151,8 @@ def test_a_refreshed_prm_serves_the_iterations_after_it_and_temperatures_go_by_d
     args = evolve.Args(**SHORT | dict(prm_refresh=1, temperature="per_class", search_every=1, search_prompts=4, search_grid=[0.5, 1.0], passes=1.0))
     with pytest.MonkeyPatch.context() as patch:  # stage 02 at its default size would take minutes
         real = subprocess.run
-        patch.setattr(evolve.subprocess, "run", lambda command: real([*command, "--prompts", "32", "--samples", "6", "--rollouts", "2", "--epochs", "1",
-                                                                      "--held_out", "0.5", "--val_samples", "3"], stdout=subprocess.DEVNULL))
+        patch.setattr(evolve.subprocess, "run", lambda command, **how: real([*command, "--prompts", "32", "--samples", "6", "--rollouts", "2", "--epochs", "1",
+                                                                      "--held_out", "0.5", "--val_samples", "3"], stdout=subprocess.DEVNULL, **how))
         evolve.main(args)
     out = place / "runs/toy/03_self_evolve"
     fresh = out / "iter_01/02_train_prm/model"
@@ -174,14 +174,16 @@ def test_intervals_over_seeds_and_prompts_are_paired_and_collapse_without_spread
     flat = evaluate.crossed_interval(np.ones((3, 5)) * 0.25, 100)
     assert (flat["mean"], flat["low"], flat["high"]) == (0.25, 0.25, 0.25)
     wide = evaluate.crossed_interval(np.array([[0.0] * 50, [1.0] * 50]), 500)  # all the spread is between the seeds
-    assert wide["mean"] == 0.5 and wide["low"] == 0.0 and wide["high"] == 1.0
+    assert wide["mean"] == 0.5 and wide["low"] < -3 and wide["high"] > 4  # t(0.975, 1) = 12.7: two seeds that differ say nothing
+    one = evaluate.crossed_interval(np.array([[0.0, 1.0] * 200]), 2000)  # one seed: prompts only, 0.5 +- 1.96 x 0.5 / 20
+    assert one["low"] == pytest.approx(0.451, abs=0.006) and one["high"] == pytest.approx(0.549, abs=0.006)
 
 
 def test_the_study_table_holds_hand_counted_means_and_paired_differences():
     made = [{"name": name, "seed": seed, "paper_id": 1.0, "paper_ood": 2.0, "samples": 8, "steps": 3, "verdicts": {"test": v, "ood": v}}
             for name, seed, v in (("A", 0, [1, 1, 0, 0]), ("B", 0, [1, 0, 0, 0]), ("A", 1, [1, 1, 1, 0]), ("B", 1, [1, 1, 0, 0]), ("A", 2, [0, 0, 0, 0]))]
     table = evaluate.study_table(made, evaluate.Args(against=["A/B"], resamples=200)).splitlines()
-    assert table[2].startswith("| A | 41.7 [") and "| 3 | 1.0 / 2.0 | 8 | 3 |" in table[2] and table[3].startswith("| B | 37.5 [")
+    assert table[2].startswith("| A | 41.7 [") and "| 3 | 1.0 / 2.0 | 8 + 0 | 3 |" in table[2] and table[3].startswith("| B | 37.5 [")
     assert table[-1].startswith("| A - B | +25.0 [") and table[-1].endswith("| 2 |")  # the two seeds that both rows have
 
 

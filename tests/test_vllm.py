@@ -136,14 +136,6 @@ def test_a_whole_iteration_of_self_evolving_runs_on_vllm_and_a_killed_one_leaves
     for name in ("01_warmup", "02_train_prm"):
         shutil.copytree(world / "base", runs / name / "model")
     tokens = common.load_policy(world / "base", common.CommonArgs(device="cpu")).tokenizer.convert_tokens_to_ids(["+", "-"])
-<<<<<<< HEAD
-    common.write_json("runs/toy/02_train_prm/model/prm.json", {"marks": tokens})
-    module = stage("03_self_evolve")
-    module.main(module.Args(device="cpu", engine="vllm", engine_memory=0.15, passes=0.5, steps=3, samples=6, interval=0.5))
-    common.close_engine()
-    start, end = common.read_jsonl("runs/toy/03_self_evolve/metrics.jsonl")
-    samples = common.read_jsonl("runs/toy/03_self_evolve/iter_01/samples.jsonl")
-=======
     common.write_json(runs / "02_train_prm/model/prm.json", {"marks": tokens})
     command = [sys.executable, str(ROOT / "03_self_evolve.py"), *"--device cpu --engine vllm --engine_memory 0.15 --passes 0.5 --steps 3 --samples 6 --interval 0.5".split()]
 
@@ -161,6 +153,5 @@ def test_a_whole_iteration_of_self_evolving_runs_on_vllm_and_a_killed_one_leaves
     assert done.stdout.count("vLLM started") == 2  # one engine before the training, one after
     start, end = common.read_jsonl(runs / "03_self_evolve/metrics.jsonl")
     samples = common.read_jsonl(runs / "03_self_evolve/iter_01/samples.jsonl")
->>>>>>> models
     assert end["selected"] > 0 and end["steps"] == 3 and len(samples) == 16 * 6 == len({row["seed"] for row in samples})
     assert json.loads((runs / "03_self_evolve/run.json").read_text())["flags"]["engine"] == "vllm"
