@@ -901,7 +901,8 @@ def start_engine(policy: Policy, example: dict, args) -> None:
             engine = vllm.LLM(f"{folder}/policy", dtype=str(policy.model.dtype).removeprefix("torch."), gpu_memory_utilization=args.engine_memory,
                               max_model_len=min(args.max_prompt_tokens + args.max_new_tokens, getattr(text, "max_position_embeddings", 1 << 20)), enable_prefix_caching=True,
                               limit_mm_per_prompt={"image": 1, "video": 0}, generation_config="vllm", trust_remote_code=args.trust_remote_code,
-                              enforce_eager=args.device == "cpu", disable_log_stats=True)
+                              enforce_eager=args.device == "cpu", disable_log_stats=True,
+                              **({"enable_chunked_prefill": False} if args.device == "cpu" else {}))  # a seeded prompt cut in two crashes its CPU sampler
         except (ValueError, RuntimeError) as error:
             raise InputError(f"vLLM did not start ({str(error).splitlines()[0]}); its own words stand above. If it lacks memory, change --engine_memory "
                              f"(now {args.engine_memory}) or use --offload; --engine transformers does without it") from None
