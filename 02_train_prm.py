@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
-from common import (InputError, ScoringArgs, append_chunks, append_tokens, canonical, check_longest_prompts, distinct, drop_checkpoint, encode_prompts,
-                    epoch_batches, extract_answer, fit, flag, generate, grouped, is_correct, load_checker, load_checkpoint, load_examples, load_policy, make_optimizer,
+from common import (InputError, ScoringArgs, append_chunks, append_tokens, checked, check_longest_prompts, distinct, drop_checkpoint, encode_prompts,
+                    epoch_batches, fit, flag, generate, grouped, load_checker, load_checkpoint, load_examples, load_policy, make_optimizer,
                     open_run, print_table, run_stage, sample_rows, save_checkpoint, save_model, score_steps, seed_of, step_ends, step_logits, write_json, write_jsonl)
 
 
@@ -93,10 +93,8 @@ def rollout_rows(policy, items: list[dict], by_id: dict, args: Args) -> list[dic
     rows = []
     for item, example, row_seeds, row in zip(items, examples, seeds, responses):
         for k, response in enumerate(row):
-            answer = extract_answer(response.text, example) if response.finished else None
             rows.append({"id": item["id"], "iteration": 0, "prefix_length": len(item["prefix"]), "rollout": k, "temperature": args.rollout_temperature,
-                         "seed": row_seeds[k], "response": response.text, "token_ids": response.token_ids, "finished": response.finished,
-                         "answer": canonical(answer, example["choices"], example), "correct": is_correct(answer, example)})
+                         "seed": row_seeds[k], **checked(response, example)})
     return rows
 
 

@@ -15,7 +15,8 @@ an iteration or a restart. The PRM stays fixed. Search and validation never see 
 
 Every other row of the paper's tables is a flag: --method, --interval, --select and --k, --aggregate, --unlabeled and
 --mixin, --temperature and --objective. Whatever they say, a run draws --passes x prompts x K samples (sft none) and takes
---steps optimizer steps; the temperature search and a refreshed PRM draw theirs on top. Two flags go past the paper: --prm_refresh and --temperature per_class.
+--steps optimizer steps; the temperature search and a refreshed PRM draw theirs on top, counted as extra_samples. Two flags
+go past the paper: --prm_refresh and --temperature per_class.
 
 Departures from the paper:
 1. Every iteration takes the same number of optimizer steps (--steps / iterations), whatever was selected.
@@ -25,19 +26,19 @@ Departures from the paper:
     python 03_self_evolve.py --method iterative_rft --interval 1 --select all --temperature 1.0 --runs runs/rft
 """
 
+import importlib
 import json
-import subprocess
-import sys
+import math
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from common import (CommonArgs, InputError, ScoringArgs, append_chunks, check_longest_prompts, close_engine, distinct, epoch_batches, fit, flag, grouped,
-                    learning_rate, load_checkpoint, load_examples, load_policy, load_prm, load_weights, make_optimizer, open_run, pass_at_k, read_jsonl,
+from common import (InputError, ScoringArgs, append_chunks, check_longest_prompts, close_engine, distinct, epoch_batches, fit, flag, grouped,
+                    learning_rate, load_checkpoint, load_examples, load_policy, load_prm, load_weights, make_optimizer, move_trainer, open_run, pass_at_k, read_jsonl,
                     reward_pass_at_k, run_stage, sample_rows, save_checkpoint, save_model, search_temperature, seed_of, sft_loss, top_k, vote, write_jsonl)
 
 
@@ -69,6 +70,7 @@ class Args(ScoringArgs):
     search_prompts: int = flag(64, "validation prompts that a search uses")
     search_grid: list[float] = flag([round(0.3 + 0.1 * i, 1) for i in range(14)], "temperatures that a search tries")
     prm_refresh: int = flag(0, "iterations after which stage 02 trains a new PRM on rollouts of the current policy; 0: never")
+    validate_every: int = flag(1, "iterations between two looks at the dynamics; 0: only after the last, which is always looked at")
     steps: int = flag(480, "optimizer steps over all iterations")
     batch_size: int = flag(16, "responses per optimizer step")
     learning_rate: float = flag(7e-5, "peak learning rate")
@@ -77,22 +79,31 @@ class Args(ScoringArgs):
 
 # ---------------------------------------------------------------- generate
 
-def iteration_prompts(examples: list[dict], t: int, share: int, *key) -> list[dict]:
-    """D_t: the t-th `share` (from 1) of the prompts; every pass over them is in a new order and complete."""
+def prompts_between(examples: list[dict], start: int, stop: int, *key) -> list[dict]:
+    """Prompts start to stop of an endless series of passes over the examples; every pass is in a new order and complete.
+
+    >>> order = prompts_between(["a", "b", "c"], 0, 6, "key")
+    >>> sorted(order[:3]), sorted(order[3:]), prompts_between(["a", "b", "c"], 2, 4, "key") == order[2:4]
+    (['a', 'b', 'c'], ['a', 'b', 'c'], True)
+    """
     order, epoch = [], 0
-    while len(order) < t * share:
+    while len(order) < stop:
         order += torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed_of(*key, epoch))).tolist()
         epoch += 1
-    return [examples[i] for i in order[(t - 1) * share:t * share]]
+    return [examples[i] for i in order[start:stop]]
 
 
 def choose_prompts(examples: list[dict], unlabeled: list[dict], t: int, iterations: int, args: Args) -> list[dict]:
-    """Prompts of iteration t; after the share T_mixin of the iterations every second one is an unlabelled prompt (paper, section 3.4)."""
-    share = max(1, round(args.interval * len(examples)))
-    prompts, first = iteration_prompts(examples, t, share, args.seed, "prompts"), round(args.mixin * iterations) + 1
-    if not unlabeled or t < first:
+    """D_t; after the share T_mixin of the iterations every second prompt is an unlabelled one (paper, section 3.4).
+
+    All iterations together hold --passes x examples prompts, whether or not that number divides by the iterations.
+    """
+    consumed = lambda t: round(args.passes * len(examples)) * t // iterations  # by the end of iteration t
+    prompts, before = prompts_between(examples, consumed(t - 1), consumed(t), args.seed, "prompts"), round(args.mixin * iterations)
+    if not unlabeled or t <= before:
         return prompts
-    return prompts[:share - share // 2] + iteration_prompts(unlabeled, t - first + 1, share // 2, args.seed, "unlabeled")
+    start, stop = ((consumed(s) - consumed(before)) // 2 for s in (t - 1, t))
+    return prompts[:len(prompts) - (stop - start)] + prompts_between(unlabeled, start, stop, args.seed, "unlabeled")
 
 
 def gold_rows(policy, examples: list[dict], args: Args) -> list[dict]:
@@ -167,19 +178,25 @@ def begin_iteration(policy, optimizer, state: dict, t: int, start_from, args: Ar
     return {**state, "iteration": t, "batch": 0, "tokens": 0, "loss": 0.0}
 
 
-def refresh_prm(out: Path, folder: Path, state: dict, args: Args) -> None:
-    """Past the paper: stage 02 trains a new PRM, from the current policy and on its rollouts."""
-    flags = {f.name: getattr(args, f.name) for f in fields(CommonArgs)} | {
-        "runs": folder, "policy": out / "checkpoint" / f"step_{state['step']:06d}" / "policy", "data": args.data, "val": args.val,
-        "aggregate": args.aggregate, "overwrite": False}
-    command = [sys.executable, str(Path(__file__).with_name("02_train_prm.py")), *(f"--{name}={value}" for name, value in flags.items())]
-    close_engine()  # the other process needs its memory
-    if subprocess.run(command).returncode:
-        raise InputError(f"stage 02 failed; its message is above, its command was: {' '.join(command)}")
+def refresh_prm(policy, out: Path, folder: Path, state: dict, first_prm: Path, args: Args) -> int:
+    """Past the paper: stage 02 trains a new PRM, from the current policy and on its rollouts; returns how many samples that took.
+
+    Its flags are those that the run's first PRM was made with; where that left no run.json, stage 02's defaults.
+    """
+    stage, run = importlib.import_module("02_train_prm"), first_prm.parent / "run.json"
+    flags = json.loads(run.read_text())["flags"] if run.exists() else {"data": args.data, "val": args.val, "aggregate": args.aggregate}
+    flags |= {"runs": str(folder), "policy": str(out / "checkpoint" / f"step_{state['step']:06d}" / "policy"), "seed": args.seed,
+              "device": args.device, "engine": args.engine, "engine_memory": args.engine_memory, "offload": args.offload}
+    close_engine()  # it holds this stage's policy
+    move_trainer(policy, "cpu")
+    stage.main(stage.Args(**flags))
+    close_engine()
+    move_trainer(policy, args.device)
+    return sum(len(read_jsonl(folder / "02_train_prm" / name)) for name in ("samples.jsonl", "val.jsonl", "rollouts.jsonl"))
 
 
 def current_prm(out: Path, t: int, args: Args) -> Path:
-    """The PRM of iteration t: the newest that was refreshed before it, else the one the run began with."""
+    """The PRM of iteration t: the newest that was refreshed before it, else the one the run began with (t = 0)."""
     fresh = [path for s in range(1, t) if (path := out / f"iter_{s:02d}" / "02_train_prm" / "model").exists()]
     return fresh[-1] if args.prm_refresh and fresh else Path(args.prm or Path(args.runs) / "02_train_prm" / "model")
 
@@ -229,7 +246,7 @@ def adapt_temperature(policy, prm, val: list[dict], folder: Path, t: int, choice
     rows = append_chunks(folder / "search.jsonl", tries, args.samples, args.chunk, produce, f"03 search {t}")
     kinds = {"all": {e["id"] for e in val}}
     if args.temperature == "per_class":
-        classes = difficulty(read_jsonl(folder / "val_samples.jsonl"))
+        classes = difficulty([r for r in rows if r["temperature"] == min(args.search_grid, key=lambda T: abs(T - choice["all"]))])
         kinds |= {name: ids for name in ("hard", "middle", "easy") if (ids := {e["id"] for e in val[:args.search_prompts] if classes[e["id"]] == name})}
     found = {name: search_temperature(args.search_grid, lambda T: mean_over_prompts([r for r in rows if r["temperature"] == T and r["id"] in ids], args.objective),
                                       choice.get(name, choice["all"])) for name, ids in kinds.items()}
@@ -254,26 +271,30 @@ def check_flags(args: Args) -> int:
     if not 0 < args.interval <= 1:
         raise InputError(f"--interval {args.interval} must be above 0 and at most 1")
     iterations = 1 if args.method == "sft" else round(args.passes / args.interval)
-    if min(args.search_every, args.search_prompts, args.k, args.samples) < 1:
-        raise InputError("--search_every, --search_prompts, --k and --samples must be at least 1")
+    if min(args.search_every, args.search_prompts, args.k, args.samples) < 1 or min(args.validate_every, args.prm_refresh) < 0:
+        raise InputError("--search_every, --search_prompts, --k and --samples must be at least 1, --validate_every and --prm_refresh at least 0")
     if args.method == "sft" and (args.unlabeled != "none" or args.prm_refresh):
         raise InputError("--method sft samples nothing: drop --unlabeled and --prm_refresh")
     if iterations < 1 or args.steps < iterations:
         raise InputError(f"--interval {args.interval}, --passes {args.passes} and --steps {args.steps} must give at least one iteration of at least one step")
     if args.temperature not in ("adaptive", "per_class"):
         try:
-            float(args.temperature)
+            fixed = float(args.temperature)
         except ValueError:
-            raise InputError(f"--temperature must be a number, adaptive or per_class, found {args.temperature!r}") from None
-    if args.unlabeled != "none" and not 0 <= args.mixin < 1:
-        raise InputError(f"--mixin {args.mixin} must be at least 0 and below 1")
+            fixed = math.nan
+        if not 0 < fixed < math.inf:  # greedy samples would all be one and the same
+            raise InputError(f"--temperature must be a number above 0, adaptive or per_class, found {args.temperature!r}")
+    if args.unlabeled != "none" and not (0 <= args.mixin < 1 and (args.mixin * iterations).is_integer()):
+        raise InputError(f"--mixin {args.mixin} must be at least 0, below 1 and a whole number of the {iterations} iterations")
+    if args.unlabeled == "none" and args.mixin:
+        raise InputError("--mixin needs --unlabeled oracle or vote")
     return iterations
 
 
 def main(args: Args) -> None:
     """The loop of the paper: generate, select, improve, look, adapt."""
-    start_from, iterations = args.policy or Path(args.runs) / "01_warmup" / "model", check_flags(args)
-    out = open_run(args, "03_self_evolve", {"data": args.data, "val": args.val, "policy": start_from, "prm": args.prm or Path(args.runs) / "02_train_prm" / "model",
+    iterations, start_from, first_prm = check_flags(args), args.policy or Path(args.runs) / "01_warmup" / "model", current_prm(Path(args.runs), 0, args)
+    out = open_run(args, "03_self_evolve", {"data": args.data, "val": args.val, "policy": start_from, "prm": first_prm,
                                             **({} if args.unlabeled == "none" else {"unlabeled": args.unlabeled_data})})
     if (out / "model").exists():
         return report(out)
@@ -295,7 +316,7 @@ def main(args: Args) -> None:
             prm_from = current_prm(out, t, args)
             prm = load_prm(prm_from, args)
         choice, classes = current_temperature(searches, out, t, args)  # T
-        row = {"iteration": t, "temperature": choice["all"]}
+        row = {"iteration": t, "temperature": choice["all"], "extra_samples": 0}
 
         if t > 0:
             # Generate: K responses per prompt from the current policy
@@ -310,7 +331,8 @@ def main(args: Args) -> None:
             # Select: H(R)
             selected = samples if args.method == "sft" else select(samples, args)
             if not selected:
-                raise InputError(f"iteration {t}: none of {len(samples)} samples is right, so there is nothing to train on; see {folder}/samples.jsonl")
+                raise InputError(f"iteration {t}: of {len(samples)} samples {sum(r['correct'] for r in samples)} are right and --select {args.select} keeps none, "
+                                 f"so there is nothing to train on; see {folder}/samples.jsonl")
             write_jsonl(folder / "selected.jsonl", selected)
             clock.append(time.time())
 
@@ -323,12 +345,14 @@ def main(args: Args) -> None:
                         args, f"03 train {t}", state, lambda s: save_checkpoint(out / "checkpoint", policy, optimizer, s))
             save_checkpoint(out / "checkpoint", policy, optimizer, state)
             row |= {"lr": learning_rate(state["step"] - state["reset"] - 1, args.learning_rate, args.warmup_steps), "prompts": len(prompts),
-                    "samples": 0 if args.method == "sft" else len(prompts) * args.samples, "correct": sum(r["correct"] for r in samples), "no_vote": no_vote,
+                    "samples": 0 if args.method == "sft" else len(prompts) * args.samples, "no_vote": no_vote,
+                    "correct": sum(r["correct"] for r in samples if "pseudo_label" not in r), "voted": sum(r["correct"] for r in samples if "pseudo_label" in r),
                     "selected": len(selected), "steps": state["step"], "tokens": state["tokens"], "loss": state["loss"] / max(state["batch"], 1)}
             clock.append(time.time())
 
         # Look: the dynamics on the validation set
-        row |= validate(policy, prm, val, folder, t, choice["all"], args)
+        if t == iterations or args.validate_every and t % args.validate_every == 0:
+            row |= validate(policy, prm, val, folder, t, choice["all"], args)
         clock.append(time.time())
 
         # Adapt: T <- argmax of Reward-Pass@2; nothing follows the last iteration
@@ -336,8 +360,9 @@ def main(args: Args) -> None:
             best, curves = adapt_temperature(policy, prm, val, folder, t, choice, args)
             searches = [s for s in searches if s["iteration"] < t] + [{"iteration": t, "was": choice, "choice": best, "objective": args.objective, "curves": curves}]
             write_jsonl(out / "temperature.jsonl", searches)
+            row["extra_samples"] += len(args.search_grid) * len(val[:args.search_prompts]) * args.samples
         if args.prm_refresh and 0 < t < iterations and t % args.prm_refresh == 0:
-            refresh_prm(out, folder, state, args)
+            row["extra_samples"] += refresh_prm(policy, out, folder, state, first_prm, args)
         clock.append(time.time())
         phases = ["sample", "train", "validate", "search"][-len(clock) + 1:]
         row["seconds"] = {name: round(b - a, 1) for name, a, b in zip(phases, clock, clock[1:])}
@@ -353,9 +378,11 @@ def report(out: Path) -> None:
     print("iteration     T  greedy  sample  Pass@K  Reward-Pass@2  selected")
     rows = read_jsonl(out / "metrics.jsonl")
     for row in rows:
-        print(f"{row['iteration']:9d} {row['temperature']:5.1f} {row['greedy_accuracy']:7.1%} {row['sample_accuracy']:7.1%} {row['pass_at_k']:7.1%} "
-              f"{row['reward_pass_at_2']:14.1%} {row.get('selected', 0):9d}")
-    print(f"budget: {sum(row.get('samples', 0) for row in rows)} samples, {rows[-1].get('steps', 0)} optimizer steps\nnext: python 04_eval.py")
+        if "pass_at_k" in row:
+            print(f"{row['iteration']:9d} {row['temperature']:5.1f} {row['greedy_accuracy']:7.1%} {row['sample_accuracy']:7.1%} {row['pass_at_k']:7.1%} "
+                  f"{row['reward_pass_at_2']:14.1%} {row.get('selected', 0):9d}")
+    print(f"budget: {sum(row.get('samples', 0) for row in rows)} samples, {sum(row['extra_samples'] for row in rows)} more for the temperature and the PRM, "
+          f"{rows[-1].get('steps', 0)} optimizer steps\nnext: python 04_eval.py")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,6 @@ a question several times with its choices rotated: it counts if all copies are r
 import base64
 import hashlib
 import io
-import json
-from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -289,6 +287,7 @@ def prm_markdown(report: dict) -> str:
 
 def draw_dynamics(metrics: list[dict], path: Path, k: int) -> None:
     """The paper's figure: greedy accuracy, Pass@K and Reward-Pass@2 on validation, and the temperature, over iterations."""
+    metrics = [row for row in metrics if "pass_at_k" in row]  # the iterations that were looked at
     t = [row["iteration"] for row in metrics]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     left = figure.subplots()
@@ -330,7 +329,7 @@ def compare_runs(runs: list[str], path: Path) -> None:
     for axis, (key, title, scale) in zip(axes, (("greedy_accuracy", "greedy accuracy, %", 100), ("pass_at_k", "Pass@K at the run's temperature, %", 100),
                                                 ("reward_pass_at_2", "Reward-Pass@2, %", 100), ("temperature", "temperature T", 1))):
         for run in runs:
-            metrics = read_jsonl(Path(run) / "03_self_evolve" / "metrics.jsonl")
+            metrics = [row for row in read_jsonl(Path(run) / "03_self_evolve" / "metrics.jsonl") if key in row]
             axis.plot([row["iteration"] / max(metrics[-1]["iteration"], 1) for row in metrics], [scale * row[key] for row in metrics], "o-", ms=3, label=Path(run).name)
         axis.set(title=title, xlabel="share of training")
         axis.grid(alpha=0.3)
@@ -360,14 +359,14 @@ def study_table(rows: list[dict], args: Args) -> str:
     """The lines of tests/study.py as a table beside the paper's figures, and the paired differences of args.against."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     of = {name: {row["seed"]: row for row in rows if row["name"] == name} for name in names}
-    stack = lambda name, seeds, split: np.array([of[name][s]["verdicts"][split] for s in seeds], float)  # (seeds, prompts)
+    stack = lambda name, seeds, split: np.array([[int(v) for v in of[name][s]["verdicts"][split]] for s in seeds], float)  # (seeds, prompts)
     show = lambda r, sign="": f"{100 * r['mean']:{sign}.1f} [{100 * r['low']:{sign}.1f}, {100 * r['high']:{sign}.1f}]"
-    lines = ["| | test (ID) | ood | seeds | paper ID / OOD | samples + search | steps | command |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| | test (ID) | ood | seeds | paper ID / OOD | samples + extra | steps | flags of 03_self_evolve.py |", "|---|---|---|---|---|---|---|---|"]
     for name in names:
         seeds, first = sorted(of[name]), next(iter(of[name].values()))
         cells = [show(crossed_interval(stack(name, seeds, split), args.resamples)) for split in ("test", "ood")]
         paper = f"{first['paper_id']} / {first['paper_ood']}" if first["paper_id"] else "-"
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {len(seeds)} | {paper} | {first['samples']} + {first.get('extra_samples', 0)} | {first['steps']} | `{first.get('command', '')}` |")
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {len(seeds)} | {paper} | {first['samples']} + {first['extra_samples']} | {first['steps']} | `{first['flags']}` |")
     lines += ["", "| paired difference | test (ID) | ood | seeds |", "|---|---|---|---|"]
     if wrong := [pair for pair in args.against if pair.count("/") != 1]:
         raise InputError(f"--against takes pairs of rows A/B, found {wrong}")
@@ -378,23 +377,22 @@ def study_table(rows: list[dict], args: Args) -> str:
     return "\n".join(lines)
 
 
-def predict_benchmarks(paths: dict, splits: dict, out: Path, args: Args) -> list[dict]:
-    """One greedy response per policy and question, checked, in benchmarks.jsonl."""
+def predict(path: Path, paths: dict, splits: dict, per_prompt: int, answer, args: Args, label: str) -> list[dict]:
+    """Every policy on every prompt of every split, as rows of a JSONL file; answer(policy, examples) gives per_prompt rows per example, in order."""
     loaded: dict = {}
 
     def produce(chunk):
         rows = []
-        for (name, split), group in groupby(chunk, key=lambda item: item[:2]):
+        for (split, name), group in groupby(chunk, key=lambda item: item[:2]):
             if name not in loaded:
                 loaded.clear()  # one policy at a time
                 loaded[name] = load_policy(paths[name], args)
             examples = [example for _, _, example in group]
-            rows += [{"split": split, "policy": name, "gold": example["answer"], **row}
-                     for example, row in zip(examples, sample_rows(loaded[name], examples, 1, 0.0, "eval", 0, args))]
+            rows += [{"split": split, "policy": name, "gold": examples[k // per_prompt]["answer"], **row} for k, row in enumerate(answer(loaded[name], examples))]
         return rows
 
-    items = [(name, split, example) for name in paths for split, examples in splits.items() for example in examples]
-    return append_chunks(out / "benchmarks.jsonl", items, 1, args.chunk, produce, "04 benchmarks")
+    items = [(split, name, example) for name in paths for split, examples in splits.items() for example in examples]
+    return append_chunks(path, items, per_prompt, args.chunk, produce, label)
 
 
 def benchmark_figures(rows: list[dict], by_id: dict, resamples: int = 2000) -> dict:
@@ -475,31 +473,22 @@ def main(args: Args) -> None:
     if (out / "report.json").exists():
         return print((out / "report.md").read_text())
     splits = {"test": load_examples(args.test), "ood": load_examples(args.ood)}
-    prm, checker, loaded = load_prm(reward_model, args), load_checker(args.chain_checker), {}
+    prm, checker = load_prm(reward_model, args), load_checker(args.chain_checker)
     asked = {name: load_examples(path) for name, path in benchmarks.items()}
     check_longest_prompts(prm, sum([*splits.values(), *asked.values()], []), args)
 
-    def produce(chunk):
-        rows = []
-        for (split, name), group in groupby(chunk, key=lambda item: item[:2]):
-            if name not in loaded:
-                loaded.clear()  # one policy at a time
-                loaded[name] = load_policy(paths[name], args)
-            examples = [example for _, _, example in group]
-            greedy = sample_rows(loaded[name], examples, 1, 0.0, "eval", 0, args, prm)
-            samples = sample_rows(loaded[name], examples, args.samples, args.temperature, "eval", 0, args, prm)
-            for i, row in enumerate(greedy):
-                rows += [{"split": split, "policy": name, "gold": examples[i]["answer"], **r} for r in (row, *samples[i * args.samples:(i + 1) * args.samples])]
-        return rows
+    def greedy_and_samples(policy, examples):
+        greedy = sample_rows(policy, examples, 1, 0.0, "eval", 0, args, prm)
+        samples = sample_rows(policy, examples, args.samples, args.temperature, "eval", 0, args, prm)
+        return [row for i, first in enumerate(greedy) for row in (first, *samples[i * args.samples:(i + 1) * args.samples])]
 
-    items = [(split, name, example) for name in paths for split, examples in splits.items() for example in examples]
-    rows = append_chunks(out / "predictions.jsonl", items, 1 + args.samples, args.chunk, produce, "04 eval")
+    rows = predict(out / "predictions.jsonl", paths, splits, 1 + args.samples, greedy_and_samples, args, "04 eval")
     report = summarize(sorted(rows, key=lambda row: (list(splits).index(row["split"]), list(paths).index(row["policy"]))), args)
     first, by_id = list(grouped([r for r in rows if (r["split"], r["policy"]) == ("test", "warm-up")]).values()), {e["id"]: e for e in splits["test"]}
     prm_report = {"verifier": verifier(first, args), "reranker": reranker(first, by_id, checker, args)}
     text = markdown(report, args) + prm_markdown(prm_report)
     if asked:
-        judged = predict_benchmarks(paths, asked, out, args)
+        judged = predict(out / "benchmarks.jsonl", paths, asked, 1, lambda policy, examples: sample_rows(policy, examples, 1, 0.0, "eval", 0, args), args, "04 benchmarks")
         report["benchmarks"] = {split: {name: benchmark_figures([r for r in judged if (r["split"], r["policy"]) == (split, name)],
                                                                 {e["id"]: e for e in examples}, args.resamples) for name in paths}
                                 for split, examples in asked.items()}

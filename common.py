@@ -1130,6 +1130,13 @@ def search_temperature(grid: list[float], objective, current: float) -> tuple[fl
     return best["temperature"], curve
 
 
+def checked(response: Response, example: dict) -> dict:
+    """The part of a JSON row that says what a response is and whether it is right; a cut response has no final answer."""
+    answer = extract_answer(response.text, example) if response.finished else None
+    return {"response": response.text, "token_ids": response.token_ids, "finished": response.finished,
+            "answer": canonical(answer, example["choices"], example), "correct": is_correct(answer, example)}
+
+
 def sample_rows(policy: Policy, examples: list[dict], n: int, temperature: float, purpose: str, iteration: int, args,
                 prm: Policy | None = None, right_only: bool = False) -> list[dict]:
     """n checked samples per prompt as JSON rows, each seeded by (purpose, iteration, prompt, sample).
@@ -1142,10 +1149,7 @@ def sample_rows(policy: Policy, examples: list[dict], n: int, temperature: float
     rows = []
     for i, example in enumerate(examples):
         for k, response in enumerate(responses[i]):
-            answer = extract_answer(response.text, example) if response.finished else None  # a cut response has no final answer
-            rows.append({"id": example["id"], "iteration": iteration, "sample": k, "temperature": temperature, "seed": seeds[i][k],
-                         "response": response.text, "token_ids": response.token_ids, "finished": response.finished,
-                         "answer": canonical(answer, example["choices"], example), "correct": is_correct(answer, example)})
+            rows.append({"id": example["id"], "iteration": iteration, "sample": k, "temperature": temperature, "seed": seeds[i][k], **checked(response, example)})
     if prm:
         wanted = [[row for row in rows[i * n:(i + 1) * n] if row["finished"] and (row["correct"] or not right_only)] for i in range(len(examples))]
         scores = score_steps(prm, examples, [[row["token_ids"] for row in group] for group in wanted], args)

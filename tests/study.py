@@ -7,17 +7,19 @@
 Reads   data/toy (python tests/toy.py makes it)
 Writes  runs/study/seed<S>/01_warmup, 02_train_prm    shared by all rows of a seed
         runs/study/seed<S>/<row>/03_self_evolve/      one run, as stage 03 writes it
-        runs/study/rows.jsonl                         one line per finished run: flags, budget, a verdict per test and ood prompt
+        runs/study/rows.jsonl                         one line per finished run: flags, budget, a verdict (0 or 1) per test and ood prompt
 
-A run is one call of 03_self_evolve.py; then its policy answers every test and ood prompt greedily. A driver that was
-killed goes on where it was and repeats no finished run; several drivers may share the folder: a run that another one
-is at is left to it.
+A run is stage 03 with a row's flags; then its policy answers every test and ood prompt greedily. To save time the dynamics
+are looked at only after a run's last iteration, but for the rows about temperature. A driver that was killed goes on where
+it was and repeats no finished run; rows that other flags or data made are refused. Several drivers may share the folder: a
+run that another one is at is left to it.
 """
 
 import argparse
+import contextlib
 import fcntl
-import json
-import subprocess
+import importlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import common
 
-FIXED = "--temperature 1.0"
+DYNAMICS, FIXED = "--validate_every 2", "--temperature 1.0"
 ROWS = {  # name: (the paper's ID and OOD accuracy, flags of 03_self_evolve.py; None: not trained)
     "base": (13.6, 52.4, None),
     "warm-up": (38.8, 52.6, None),
@@ -42,20 +44,23 @@ ROWS = {  # name: (the paper's ID and OOD accuracy, flags of 03_self_evolve.py; 
     "Random-2": (41.0, 55.5, f"--select random {FIXED}"),
     "PRM > alpha": (43.8, 57.5, f"--select threshold {FIXED}"),
     "Top-1": (43.0, 59.0, f"--k 1 {FIXED}"),
-    "Top-2": (45.3, 59.2, FIXED),
+    "Top-2": (45.3, 59.2, f"{FIXED} {DYNAMICS}"),
     "Top-4": (44.0, 58.4, f"--k 4 {FIXED}"),
     "oracle without PRM": (42.5, 58.2, f"--unlabeled oracle --select all {FIXED}"),
     "oracle + PRM": (42.9, 59.1, f"--unlabeled oracle {FIXED}"),
+    "oracle + PRM, mix-in 25 %": (None, None, f"--unlabeled oracle --mixin 0.25 {FIXED}"),
+    "oracle + PRM, mix-in 50 %": (None, None, f"--unlabeled oracle --mixin 0.5 {FIXED}"),
+    "oracle + PRM, mix-in 75 %": (None, None, f"--unlabeled oracle --mixin 0.75 {FIXED}"),
     "vote, mix-in 0 %": (43.3, 58.2, f"--unlabeled vote {FIXED}"),
     "vote, mix-in 25 %": (42.4, 57.6, f"--unlabeled vote --mixin 0.25 {FIXED}"),
     "vote, mix-in 50 %": (42.9, 58.2, f"--unlabeled vote --mixin 0.5 {FIXED}"),
     "vote, mix-in 75 %": (45.0, 58.8, f"--unlabeled vote --mixin 0.75 {FIXED}"),
     "majority vote without PRM, mix-in 0 %": (None, None, f"--unlabeled vote --vote_weights equal --select all {FIXED}"),
-    "Top-2, T = 0.5": (None, None, "--temperature 0.5"),
-    "Top-2, T = 0.7": (None, None, "--temperature 0.7"),
-    "Top-2, T = 1.2": (None, None, "--temperature 1.2"),
-    "adaptive T on Pass@K": (42.8, 58.0, "--objective pass_at_k"),
-    "M-STaR": (45.9, 59.5, ""),
+    "Top-2, T = 0.5": (None, None, f"--temperature 0.5 {DYNAMICS}"),
+    "Top-2, T = 0.7": (None, None, f"--temperature 0.7 {DYNAMICS}"),
+    "Top-2, T = 1.2": (None, None, f"--temperature 1.2 {DYNAMICS}"),
+    "adaptive T on Pass@K": (42.8, 58.0, f"--objective pass_at_k {DYNAMICS}"),
+    "M-STaR": (45.9, 59.5, DYNAMICS),
     "M-STaR, PRM refreshed": (None, None, "--prm_refresh 4"),
     "M-STaR, T per difficulty": (None, None, "--temperature per_class"),
 }
@@ -70,40 +75,55 @@ def folder_of(name: str) -> str:
     return "_".join("".join(c if c.isalnum() or c in ".-=>" else " " for c in name).split()).replace(">", "over")
 
 
-def call(script: str, flags: str, device: str) -> None:
-    """Run one stage; raises SystemExit with its command if it fails."""
-    command = [sys.executable, str(ROOT / script), *flags.split(), "--device", device]
-    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-        sys.exit(f"failed: {' '.join(command)}")
+def parsed(stage: str, flags: str):
+    """A stage's Args from a line of flags."""
+    module = importlib.import_module(stage)
+    return common.HfArgumentParser(module.Args).parse_args_into_dataclasses(flags.split())[0]
 
 
-def greedy_verdicts(policy_path, seed: int, device: str, toy: str) -> dict[str, list[int]]:
-    """{"test": [1, 0, ...], "ood": [...]}: whether the greedy response to each prompt is right."""
-    args = common.CommonArgs(device=device, seed=seed)
+def run(stage: str, flags: str):
+    """Run a stage in this process, so that a kill ends both; its tables are not shown. Returns its Args."""
+    stage_args = parsed(stage, flags)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        importlib.import_module(stage).main(stage_args)
+        common.close_engine()
+    return stage_args
+
+
+def greedy_verdicts(policy_path, args) -> dict[str, str]:
+    """{"test": "10...", "ood": "..."}: whether the greedy response to each prompt is right."""
     policy = common.load_policy(policy_path, args)
-    return {split: [int(r["correct"]) for r in common.sample_rows(policy, common.load_examples(f"{toy}/{split}.jsonl"), 1, 0.0, "study", 0, args)]
-            for split in ("test", "ood")}
+    verdicts = {split: "".join(str(int(r["correct"])) for r in common.sample_rows(policy, common.load_examples(f"data/toy/{split}.jsonl"), 1, 0.0, "study", 0, args))
+                for split in ("test", "ood")}
+    common.close_engine()
+    return verdicts
+
+
+def identity(name: str, seed: int, args) -> dict:
+    """What a finished row must have been made with to count as this one."""
+    data = {split: common.digest(f"data/toy/{split}.jsonl") for split in ("train", "unlabeled", "val", "test", "ood")}
+    return {"name": name, "seed": seed, "flags": " ".join(f"{ROWS[name][2] or ''} {args.extra}".split()), "shared_flags": [args.extra01, args.extra02], "data": data}
 
 
 def run_row(name: str, seed: int, out: Path, args) -> dict | None:
     """Train and judge one row; None if another driver is at it."""
-    paper_id, paper_ood, flags = ROWS[name]
-    shared, runs = out / f"seed{seed}", out / f"seed{seed}" / folder_of(name)
+    shared, runs, row = out / f"seed{seed}", out / f"seed{seed}" / folder_of(name), identity(name, seed, args)
     runs.mkdir(parents=True, exist_ok=True)
     with open(runs / ".driver", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return None
-        start, row = time.time(), {"name": name, "seed": seed, "paper_id": paper_id, "paper_ood": paper_ood}
-        if flags is None:
-            policy, budget = {"base": "data/toy/base", "warm-up": shared / "01_warmup/model"}[name], {"samples": 0, "steps": 0}
+        start, budget = time.time(), {"samples": 0, "extra_samples": 0, "steps": 0}
+        flags = f"--runs {runs} --prm {shared}/02_train_prm/model --policy {shared}/01_warmup/model {row['flags']} --seed {seed} --device {args.device}"
+        if ROWS[name][2] is None:
+            policy, stage_args = {"base": "data/toy/base", "warm-up": shared / "01_warmup/model"}[name], parsed("03_self_evolve", flags)
         else:
-            command = f"--runs {runs} --prm {shared}/02_train_prm/model --policy {shared}/01_warmup/model {flags} {args.extra} --seed {seed}"
-            call("03_self_evolve.py", command, args.device)
-            policy, metrics = runs / "03_self_evolve/model", common.read_jsonl(runs / "03_self_evolve/metrics.jsonl")
-            budget = {"samples": sum(m.get("samples", 0) for m in metrics), "steps": metrics[-1]["steps"], "command": f"python 03_self_evolve.py {flags}".strip()}
-        return row | budget | {"verdicts": greedy_verdicts(policy, seed, args.device, args.toy), "seconds": round(time.time() - start, 1)}
+            policy, stage_args = runs / "03_self_evolve/model", run("03_self_evolve", flags)
+            metrics = common.read_jsonl(runs / "03_self_evolve/metrics.jsonl")
+            budget = {key: sum(m.get(key, 0) for m in metrics) for key in ("samples", "extra_samples")} | {"steps": metrics[-1]["steps"]}
+        paper = {"paper_id": ROWS[name][0], "paper_ood": ROWS[name][1]}
+        return row | paper | budget | {"verdicts": greedy_verdicts(policy, stage_args), "seconds": round(time.time() - start, 1)}
 
 
 def share_stages(seed: int, out: Path, args) -> None:
@@ -111,15 +131,25 @@ def share_stages(seed: int, out: Path, args) -> None:
     (out / f"seed{seed}").mkdir(parents=True, exist_ok=True)
     with open(out / f"seed{seed}" / ".driver", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for script, extra in (("01_warmup.py", args.extra01), ("02_train_prm.py", args.extra02)):
-            call(script, f"--runs {out}/seed{seed} --seed {seed} {extra}", args.device)
+        for stage, extra in (("01_warmup", args.extra01), ("02_train_prm", args.extra02)):
+            run(stage, f"--runs {out}/seed{seed} --seed {seed} --device {args.device} {extra}")
+
+
+def is_finished(name: str, seed: int, table: Path, args) -> bool:
+    """Whether the table holds this row. Exits if it holds one of the name and seed that was made in another way."""
+    wanted = identity(name, seed, args)
+    for row in common.read_jsonl(table) if table.exists() else ():
+        if (row["name"], row["seed"]) == (name, seed):
+            if changed := [key for key in wanted if row[key] != wanted[key]]:
+                sys.exit(f"{table} holds {name!r}, seed {seed}, made with another {changed[0]}: {row[changed[0]]!r}, now {wanted[changed[0]]!r}; choose another --out")
+            return True
+    return False
 
 
 def main() -> None:
     """Every wanted (seed, row) that no line of rows.jsonl holds yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/study")
-    parser.add_argument("--toy", default="data/toy")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=list(ROWS), help="names of rows")
     parser.add_argument("--device", default="cpu")
@@ -130,13 +160,13 @@ def main() -> None:
     if unknown := sorted(set(args.only) - set(ROWS)):
         sys.exit(f"unknown rows {unknown}; there are {list(ROWS)}")
     common.transformers.logging.set_verbosity_error()
+    common.transformers.logging.disable_progress_bar()
     out, table = Path(args.out), Path(args.out) / "rows.jsonl"
     for seed in args.seeds:
         share_stages(seed, out, args)
     for name in args.only:
         for seed in args.seeds:
-            done = common.read_jsonl(table) if table.exists() else []
-            if any((r["name"], r["seed"]) == (name, seed) for r in done):
+            if is_finished(name, seed, table, args):
                 continue
             row = run_row(name, seed, out, args)
             if row is None:
@@ -144,8 +174,11 @@ def main() -> None:
             with open(out / ".table", "w") as lock:  # drivers side by side take turns
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 common.write_jsonl(table, (common.read_jsonl(table) if table.exists() else []) + [row])
-            print(name, seed, {split: round(sum(v) / len(v), 3) for split, v in row["verdicts"].items()}, f"{row['seconds']:.0f} s", flush=True)
+            print(name, seed, {split: round(v.count("1") / len(v), 3) for split, v in row["verdicts"].items()}, f"{row['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except common.InputError as error:
+        sys.exit(f"error: {error}")

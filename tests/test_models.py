@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 import common
-import toy
 from conftest import stage
 
 

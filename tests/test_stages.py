@@ -238,5 +238,5 @@ def test_no_right_sample_in_an_iteration_stops_evolving_with_a_sentence(tiny, wo
     shutil.copytree(tiny, cwd / "runs/toy/01_warmup/model")
     shutil.copytree(tiny, cwd / "runs/toy/02_train_prm/model")
     common.write_json(cwd / "runs/toy/02_train_prm/model/prm.json", {"marks": [3, 4]})
-    with pytest.raises(common.InputError, match="iteration 1: none of 16 samples is right"):
+    with pytest.raises(common.InputError, match="iteration 1: of 16 samples 0 are right"):
         in_process("03_self_evolve", cwd, monkeypatch, samples=1, interval=0.5, max_new_tokens=8)

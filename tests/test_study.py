@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import common
 import study
 from conftest import ROOT, stage
 
-evolve, evaluate = stage("03_self_evolve"), stage("04_eval")
+train_prm, evolve, evaluate = stage("02_train_prm"), stage("03_self_evolve"), stage("04_eval")
 SHORT = dict(device="cpu", passes=1.0, interval=0.5, steps=4, samples=3, select="all", temperature="1.0", batch_size=4, max_new_tokens=60, warmup_steps=3)
 
 
@@ -149,12 +150,14 @@ def test_hidden_answers_reach_no_mode_but_oracle(place):
 def test_a_refreshed_prm_serves_the_iterations_after_it_and_temperatures_go_by_difficulty(place):
     base = (place / "runs/toy/02_train_prm/model/model.safetensors").read_bytes()
     args = evolve.Args(**SHORT | dict(prm_refresh=1, temperature="per_class", search_every=1, search_prompts=4, search_grid=[0.5, 1.0], passes=1.0))
-    with pytest.MonkeyPatch.context() as patch:  # stage 02 at its default size would take minutes
-        real = subprocess.run
-        patch.setattr(evolve.subprocess, "run", lambda command, **how: real([*command, "--prompts", "32", "--samples", "6", "--rollouts", "2", "--epochs", "1",
-                                                                      "--held_out", "0.5", "--val_samples", "3"], stdout=subprocess.DEVNULL, **how))
-        evolve.main(args)
+    made_with = asdict(train_prm.Args(device="cpu", max_new_tokens=60, prompts=32, samples=6, rollouts=2, epochs=1, held_out=0.5, val_samples=3))
+    common.write_json(place / "runs/toy/02_train_prm/run.json", {"flags": made_with})  # stage 02 at its default size would take minutes
+    evolve.main(args)
     out = place / "runs/toy/03_self_evolve"
+    refreshed = out / "iter_01/02_train_prm"
+    drawn = sum(len(rows(refreshed / name)) for name in ("samples.jsonl", "val.jsonl", "rollouts.jsonl"))
+    assert json.loads((refreshed / "run.json").read_text())["flags"]["prompts"] == 32 and len(rows(refreshed / "samples.jsonl")) == 32 * 6
+    assert [m["extra_samples"] for m in rows(out / "metrics.jsonl")] == [0, drawn + 2 * 4 * 3, 0]  # and a search: 2 temperatures, 4 prompts, K = 3
     fresh = out / "iter_01/02_train_prm/model"
     assert (fresh / "model.safetensors").read_bytes() != base and evolve.current_prm(out, 2, args) == fresh
     assert evolve.current_prm(out, 1, args) == place.relative_to(place) / "runs/toy/02_train_prm/model"
@@ -180,10 +183,10 @@ def test_intervals_over_seeds_and_prompts_are_paired_and_collapse_without_spread
 
 
 def test_the_study_table_holds_hand_counted_means_and_paired_differences():
-    made = [{"name": name, "seed": seed, "paper_id": 1.0, "paper_ood": 2.0, "samples": 8, "steps": 3, "verdicts": {"test": v, "ood": v}}
-            for name, seed, v in (("A", 0, [1, 1, 0, 0]), ("B", 0, [1, 0, 0, 0]), ("A", 1, [1, 1, 1, 0]), ("B", 1, [1, 1, 0, 0]), ("A", 2, [0, 0, 0, 0]))]
+    made = [{"name": name, "seed": seed, "paper_id": 1.0, "paper_ood": 2.0, "samples": 8, "extra_samples": 5, "steps": 3, "flags": "", "verdicts": {"test": v, "ood": v}}
+            for name, seed, v in (("A", 0, "1100"), ("B", 0, "1000"), ("A", 1, "1110"), ("B", 1, "1100"), ("A", 2, "0000"))]
     table = evaluate.study_table(made, evaluate.Args(against=["A/B"], resamples=200)).splitlines()
-    assert table[2].startswith("| A | 41.7 [") and "| 3 | 1.0 / 2.0 | 8 + 0 | 3 |" in table[2] and table[3].startswith("| B | 37.5 [")
+    assert table[2].startswith("| A | 41.7 [") and "| 3 | 1.0 / 2.0 | 8 + 5 | 3 |" in table[2] and table[3].startswith("| B | 37.5 [")
     assert table[-1].startswith("| A - B | +25.0 [") and table[-1].endswith("| 2 |")  # the two seeds that both rows have
 
 
@@ -208,6 +211,8 @@ def test_a_killed_study_goes_on_without_repeating_finished_rows(world, tmp_path)
     assert table.read_text().startswith(first) and [r["name"] for r in rows(table)] == ["warm-up", "Top-2", "base"]
     assert (tmp_path / "runs/study/seed0/02_train_prm/metrics.json").stat().st_mtime_ns == made
     assert all(len(r["verdicts"]["test"]) == 6 and len(r["verdicts"]["ood"]) == 4 for r in rows(table)) and rows(table)[1]["samples"] == 32 * 3
+    other = subprocess.run([c.replace("--steps 4", "--steps 5") for c in command], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert other.returncode and "made with" in other.stderr and len(rows(table)) == 3
 
 
 def test_study_rows_name_flags_that_stage_03_knows():
@@ -216,3 +221,30 @@ def test_study_rows_name_flags_that_stage_03_knows():
         if flags is not None:
             assert evolve.check_flags(parser.parse_args_into_dataclasses(flags.split())[0]) >= 1, name
     assert len({study.folder_of(name) for name in study.ROWS}) == len(study.ROWS)
+
+
+def test_every_prompt_is_seen_equally_often_when_passes_do_not_divide_by_the_interval():
+    examples = [{"id": i} for i in range(7)]
+    args = evolve.Args(interval=0.3, passes=2.0)
+    seen = [[e["id"] for e in evolve.choose_prompts(examples, [], t, 7, args)] for t in range(1, 8)]
+    assert sorted(sum(seen, [])) == sorted(list(range(7)) * 2) and {len(ids) for ids in seen} == {2}
+    args = evolve.Args(interval=1.0, passes=2.5, unlabeled="vote", mixin=1 / 3)
+    halves = [[e["id"] >= 100 for e in evolve.choose_prompts(examples, [{"id": 100 + i} for i in range(7)], t, 3, args)] for t in (1, 2, 3)]
+    assert [(len(h), sum(h)) for h in halves] == [(6, 0), (6, 3), (6, 3)]  # round(2.5 x 7) = 18 prompts in 3 iterations
+
+
+@pytest.mark.parametrize("flags, says", [
+    ({"temperature": "0"}, "above 0"), ({"temperature": "nan"}, "above 0"), ({"temperature": "-1"}, "above 0"), ({"temperature": "warm"}, "above 0"),
+    ({"unlabeled": "vote", "mixin": 0.3}, "whole number"), ({"unlabeled": "vote", "mixin": 1.0}, "below 1"), ({"mixin": 0.5}, "--unlabeled"),
+    ({"validate_every": -1}, "--validate_every"), ({"interval": 0.0}, "--interval"), ({"method": "sft", "prm_refresh": 1}, "sft")])
+def test_flags_that_cannot_be_meant_are_refused(flags, says):
+    with pytest.raises(common.InputError, match=says):
+        evolve.check_flags(evolve.Args(**flags))
+
+
+def test_looking_less_often_changes_no_sample_and_no_weight(place):
+    often, seldom = evolve_as("often", place), evolve_as("seldom", place, validate_every=0)
+    for name in ("model/model.safetensors", "iter_01/samples.jsonl", "iter_02/selected.jsonl", "iter_02/val_samples.jsonl"):
+        assert (often / name).read_bytes() == (seldom / name).read_bytes(), name
+    assert ["pass_at_k" in m for m in rows(often / "metrics.jsonl")] == [True, True, True]
+    assert ["pass_at_k" in m for m in rows(seldom / "metrics.jsonl")] == [False, False, True]
