@@ -23,6 +23,7 @@ Departures from the paper:
     python 01_warmup.py --model Qwen/Qwen2.5-VL-3B-Instruct --data mathv360k --runs runs/qwen
 """
 
+import fcntl
 import json
 import os
 import random
@@ -266,7 +267,10 @@ def keep_right(rows: list[dict], keep: int) -> list[dict]:
 def main(args: Args) -> None:
     """Sample, keep what is right, fine-tune."""
     if args.data == "mathv360k":
-        args.data = str(split_mathv360k(Path(args.data_root), args.seed))
+        Path(args.data_root).mkdir(parents=True, exist_ok=True)
+        with open(Path(args.data_root) / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits here and finds the splits made
+            args.data = str(split_mathv360k(Path(args.data_root), args.seed))
     out = open_run(args, "01_warmup", {"data": args.data, "model": args.model})
     if (out / "metrics.json").exists():
         return report(out)

@@ -26,6 +26,7 @@ a question several times with its choices rotated: it counts if all copies are r
 import base64
 import hashlib
 import io
+import json
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -130,6 +131,15 @@ BENCHMARKS = {  # name: (loader, title, hub name and split, local files, image c
     "ai2d": (ai2d, "AI2D", ("lmms-lab/ai2d", "test"), "*test*", "image", 3088)}
 
 
+def keyed_records(path: str) -> list[dict]:
+    """The records of a JSON file {key: record, ...}, the form of MathVista's own testmini.json; none if it has another form."""
+    try:
+        whole = json.loads(Path(path).read_text(encoding="utf-8")) if path.endswith(".json") else None
+    except json.JSONDecodeError:  # JSON lines under another name
+        return []
+    return list(whole.values()) if isinstance(whole, dict) and all(isinstance(row, dict) for row in whole.values()) else []
+
+
 def published_rows(name: str, folder: Path):
     """The published records of a benchmark, streamed: from the files in its folder, else from the hub; images stay undecoded."""
     from datasets import Features, Value, disable_progress_bars, load_dataset
@@ -141,6 +151,8 @@ def published_rows(name: str, folder: Path):
         raise InputError(f"{folder} holds {', '.join(files)}: keep one format")
     if not files and not hub:
         raise InputError(f"{folder} has no file {pattern}; put {MMBENCH} there or name its parent by --data_root")
+    if files and (keyed := keyed_records(files[0])):
+        return (yield from keyed)
     source = {"path": FORMATS[Path(files[0]).suffix], "data_files": files, "split": "train"} if files else dict(zip(("path", "split"), hub))
     if files and source["path"] == "csv":  # every cell is text: "2", "None" and "" must stay what they are
         with open(files[0], encoding="utf-8") as file:
@@ -228,18 +240,23 @@ def verifier(prompts: list[list[dict]], args: Args) -> dict:
 def reranker(prompts: list[list[dict]], examples: dict, checker, args: Args) -> dict:
     """The PRM as a reranker of right responses: steps and share of right chains in its Top-2 against the rest (paper, figure 2).
 
-    Only prompts with more than two distinct right samples have a rest; intervals are over those prompts.
+    Only prompts with more than two distinct right samples have a rest; intervals are over those prompts, and paired for "difference".
     """
     table: dict = {name: {"steps": [], "right_chain": []} for name in ("Top-2", "rest")}
     for p in prompts:
         right = distinct([row for row in p[1:] if row["correct"]])
+        if len(right) <= 2:
+            continue
         best = top_k([row["reward"] for row in right], 2)
-        for name, part in (("Top-2", [right[i] for i in best]), ("rest", [row for i, row in enumerate(right) if i not in best])):
-            if len(right) > 2:
-                judged = [ok for row in part if (ok := checker(row["response"], examples[row["id"]])) is not None]
-                table[name]["steps"].append(sum(len(row["step_scores"]) for row in part) / len(part))
-                table[name]["right_chain"] += [sum(judged) / len(judged)] if judged else []
-    return {name: {f: interval(np.array(v, float), args.resamples) for f, v in row.items() if v} for name, row in table.items()}
+        parts = {"Top-2": [right[i] for i in best], "rest": [row for i, row in enumerate(right) if i not in best]}
+        judged = {name: [ok for row in part if (ok := checker(row["response"], examples[row["id"]])) is not None] for name, part in parts.items()}
+        for name, part in parts.items():
+            table[name]["steps"].append(sum(len(row["step_scores"]) for row in part) / len(part))
+            if all(judged.values()):
+                table[name]["right_chain"].append(sum(judged[name]) / len(judged[name]))
+    arrays = {name: {f: np.array(v, float) for f, v in row.items() if v} for name, row in table.items()}
+    arrays["difference"] = {f: v - arrays["rest"][f] for f, v in arrays["Top-2"].items()}
+    return {name: {f: interval(v, args.resamples) for f, v in row.items()} for name, row in arrays.items()}
 
 
 def summarize(rows: list[dict], args: Args) -> dict:
@@ -315,7 +332,7 @@ def draw_prm(report: dict, path: Path) -> None:
     left.minorticks_off()
     left.legend(frameon=False)
     for axis, key, scale, title in ((middle, "steps", 1, "steps of right responses"), (right, "right_chain", 100, "right chains, %")):
-        bars = {name: row[key] for name, row in report["reranker"].items() if key in row}
+        bars = {name: row[key] for name, row in report["reranker"].items() if key in row and name != "difference"}
         axis.bar(list(bars), [scale * b["mean"] for b in bars.values()], color=["C2", "0.7"][:len(bars)], width=0.6,
                  yerr=[[scale * (b["mean"] - b["low"]) for b in bars.values()], [scale * (b["high"] - b["mean"]) for b in bars.values()]], capsize=4)
         axis.set_title(title)

@@ -342,7 +342,13 @@ def test_mathvista_by_image_path_reads_the_files_beside_its_json(datasets, tmp_p
     (tmp_path / "mathvista/testmini.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for row in rows:
         (tmp_path / "mathvista" / row["image"]).write_bytes(picture(3, "JPEG"))
-    assert [e["image"] for e in made("mathvista", tmp_path / "mathvista").values()] == [str(tmp_path / "mathvista/images" / f"{p}.jpg") for p in (168, 1)]
+    lines = made("mathvista", tmp_path / "mathvista")
+    assert [e["image"] for e in lines.values()] == [str(tmp_path / "mathvista/images" / f"{p}.jpg") for p in (168, 1)]
+    (tmp_path / "mathvista/testmini.jsonl").unlink()
+    (tmp_path / "mathvista/testmini.json").write_text(json.dumps({row["pid"]: row for row in rows}))  # the form of the authors' own repository
+    assert made("mathvista", tmp_path / "mathvista") == lines
+    (tmp_path / "mathvista/testmini.json").write_text("".join(json.dumps(row) + "\n" for row in rows))  # JSON lines under the name of JSON
+    assert made("mathvista", tmp_path / "mathvista") == lines
 
 
 @pytest.mark.parametrize("change, message", [({"query": "Hint: h\nQuestion: q\nChoices:\n(A) Yes\n(B) Maybe"}, "do not fit together"), ({"answer": "Maybe"}, "do not fit together"),

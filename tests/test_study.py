@@ -145,6 +145,35 @@ def test_hidden_answers_reach_no_mode_but_oracle(place):
     assert voted and all(r["answer"] == r["pseudo_label"] for r in voted)
 
 
+# ---------------------------------------------------------------- the PRM as verifier and reranker
+
+def sampled(prompt, *samples):
+    """A greedy row and samples (answer, right, reward, number of steps) of one prompt."""
+    greedy = {"id": prompt, "answer": "1", "correct": True, "reward": 0.5, "token_ids": [0], "step_scores": [0.5], "response": "greedy"}
+    return [greedy] + [{"id": prompt, "answer": a, "correct": c, "reward": r, "token_ids": [i], "step_scores": [r] * n, "response": f"{prompt}{i}"}
+                       for i, (a, c, r, n) in enumerate(samples, 1)]
+
+
+def test_votes_and_best_of_n_over_n_by_hand():
+    prompts = [sampled("p", ("1", True, 0.2, 1), ("2", False, 0.1, 1), ("1", True, 0.3, 1), ("1", True, 0.3, 1)),
+               sampled("q", ("5", False, 0.1, 1), ("6", True, 0.4, 1), ("5", False, 0.2, 1), ("5", False, 0.3, 1))]
+    table = {n: {figure: row[figure]["mean"] for figure in row} for n, row in evaluate.verifier(prompts, evaluate.Args(samples=4, resamples=20)).items()}
+    assert table == {1: {"majority": 0.5, "best_of_n": 0.5, "weighted": 0.5},  # the first sample: p right, q wrong
+                     2: {"majority": 0.5, "best_of_n": 1.0, "weighted": 1.0},  # equal votes: the answer sampled first; rewards 0.2 > 0.1 and 0.4 > 0.1
+                     4: {"majority": 0.5, "best_of_n": 1.0, "weighted": 0.5}}  # q: three votes for 5, which weigh 0.6; 0.4 is the largest reward
+
+
+def test_the_rerankers_top_2_are_compared_with_the_rest_prompt_by_prompt():
+    prompts = [sampled("p", ("1", True, 0.1, 6), ("1", True, 0.9, 2), ("1", True, 0.5, 4), ("2", False, 1.0, 9)),
+               sampled("q", ("1", True, 0.2, 5), ("1", True, 0.3, 5), ("1", True, 0.6, 2), ("1", True, 0.4, 2)),
+               sampled("r", ("1", True, 0.2, 7), ("1", True, 0.3, 7), ("3", False, 0.3, 7), ("3", False, 0.3, 7))]  # only two right: no rest
+    chains = {"p1": False, "p2": True, "p3": False, "q1": True, "q2": False, "q3": True, "q4": True}
+    report = evaluate.reranker(prompts, {p: {} for p in "pqr"}, lambda response, example: chains[response], evaluate.Args(samples=4, resamples=20))
+    means = {name: {figure: value["mean"] for figure, value in row.items()} for name, row in report.items()}
+    assert means == {"Top-2": {"steps": 2.5, "right_chain": 0.75}, "rest": {"steps": 5.5, "right_chain": 0.25}, "difference": {"steps": -3.0, "right_chain": 0.5}}
+    assert all(row["steps"]["n"] == 2 for row in report.values())
+
+
 # ---------------------------------------------------------------- past the paper
 
 def test_a_refreshed_prm_serves_the_iterations_after_it_and_temperatures_go_by_difficulty(place):
