@@ -30,7 +30,7 @@ import importlib
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
@@ -53,7 +53,7 @@ class Args(ScoringArgs):
     method: Literal["continuous", "iterative_rft", "rest_em", "sft"] = flag(
         "continuous", "continuous: one optimisation; iterative_rft: optimizer and rate schedule begin anew every iteration; rest_em: the weights as well; "
                       "sft: --steps on the gold answers, nothing sampled")
-    interval: float = flag(0.25, "iteration interval: share of the labelled prompts that one iteration consumes")
+    interval: float = flag(0.25, "iteration interval: share of the labelled prompts that one iteration consumes; 1 over a whole number")
     passes: float = flag(2.0, "passes over the labelled prompts in all; passes / interval iterations")
     samples: int = flag(8, "K: responses per prompt")
     select: Literal["top_k", "random", "threshold", "all"] = flag("top_k", "H: which of the right responses are trained on")
@@ -96,9 +96,9 @@ def prompts_between(examples: list[dict], start: int, stop: int, *key) -> list[d
 def choose_prompts(examples: list[dict], unlabeled: list[dict], t: int, iterations: int, args: Args) -> list[dict]:
     """D_t; after the share T_mixin of the iterations every second prompt is an unlabelled one (paper, section 3.4).
 
-    All iterations together hold --passes x examples prompts, whether or not that number divides by the iterations.
+    A pass over the examples is a whole number of iterations, so no iteration holds a prompt twice.
     """
-    consumed = lambda t: round(args.passes * len(examples)) * t // iterations  # by the end of iteration t
+    consumed = lambda t: len(examples) * t // round(1 / args.interval)  # by the end of iteration t
     prompts, before = prompts_between(examples, consumed(t - 1), consumed(t), args.seed, "prompts"), round(args.mixin * iterations)
     if not unlabeled or t <= before:
         return prompts
@@ -181,12 +181,12 @@ def begin_iteration(policy, optimizer, state: dict, t: int, start_from, args: Ar
 def refresh_prm(policy, out: Path, folder: Path, state: dict, first_prm: Path, args: Args) -> int:
     """Past the paper: stage 02 trains a new PRM, from the current policy and on its rollouts; returns how many samples that took.
 
-    Its flags are those that the run's first PRM was made with; where that left no run.json, stage 02's defaults.
+    Its flags are those that the run's first PRM was made with; where that left no run.json, this stage's and 02's defaults.
     """
     stage, run = importlib.import_module("02_train_prm"), first_prm.parent / "run.json"
-    flags = json.loads(run.read_text())["flags"] if run.exists() else {"data": args.data, "val": args.val, "aggregate": args.aggregate}
-    flags |= {"runs": str(folder), "policy": str(out / "checkpoint" / f"step_{state['step']:06d}" / "policy"), "seed": args.seed,
-              "device": args.device, "engine": args.engine, "engine_memory": args.engine_memory, "offload": args.offload}
+    here = {f.name: getattr(args, f.name) for f in fields(ScoringArgs)} | {"data": args.data, "val": args.val}
+    flags = here | (json.loads(run.read_text())["flags"] if run.exists() else {})
+    flags |= {"runs": str(folder), "policy": str(out / "checkpoint" / f"step_{state['step']:06d}" / "policy"), "seed": args.seed, "engine": args.engine, "overwrite": False}
     close_engine()  # it holds this stage's policy
     move_trainer(policy, "cpu")
     stage.main(stage.Args(**flags))
@@ -235,7 +235,8 @@ def difficulty(rows: list[dict]) -> dict[str, str]:
 def adapt_temperature(policy, prm, val: list[dict], folder: Path, t: int, choice: dict, args: Args) -> tuple[dict, dict]:
     """T <- argmax over the grid of Reward-Pass@2 on fixed prompts and seeds (paper, section 5).
 
-    Returns ({"all": T}, {"all": curve}); with --temperature per_class also a T and a curve for every difficulty class.
+    Returns ({"all": T}, {"all": curve, "pass_at_k": Pass@K over T}); with --temperature per_class also a T and a curve for every
+    difficulty class, the class of a prompt read from its samples at the temperature nearest to the current one.
     """
     tries = [(temperature, example) for temperature in args.search_grid for example in val[:args.search_prompts]]
 
@@ -248,9 +249,10 @@ def adapt_temperature(policy, prm, val: list[dict], folder: Path, t: int, choice
     if args.temperature == "per_class":
         classes = difficulty([r for r in rows if r["temperature"] == min(args.search_grid, key=lambda T: abs(T - choice["all"]))])
         kinds |= {name: ids for name in ("hard", "middle", "easy") if (ids := {e["id"] for e in val[:args.search_prompts] if classes[e["id"]] == name})}
-    found = {name: search_temperature(args.search_grid, lambda T: mean_over_prompts([r for r in rows if r["temperature"] == T and r["id"] in ids], args.objective),
-                                      choice.get(name, choice["all"])) for name, ids in kinds.items()}
-    return {name: best for name, (best, _) in found.items()}, {name: curve for name, (_, curve) in found.items()}
+    at = lambda T, ids, figure: mean_over_prompts([r for r in rows if r["temperature"] == T and r["id"] in ids], figure)
+    found = {name: search_temperature(args.search_grid, lambda T: at(T, ids, args.objective), choice.get(name, choice["all"])) for name, ids in kinds.items()}
+    curves = {name: curve for name, (_, curve) in found.items()} | {"pass_at_k": [{"temperature": T, "pass_at_k": at(T, kinds["all"], "pass_at_k")} for T in args.search_grid]}
+    return {name: best for name, (best, _) in found.items()}, curves
 
 
 def current_temperature(searches: list[dict], out: Path, t: int, args: Args) -> tuple[dict, dict]:
@@ -268,13 +270,21 @@ def current_temperature(searches: list[dict], out: Path, t: int, args: Args) -> 
 
 def check_flags(args: Args) -> int:
     """The number of iterations; raises InputError for flags that contradict each other."""
-    if not 0 < args.interval <= 1:
-        raise InputError(f"--interval {args.interval} must be above 0 and at most 1")
-    iterations = 1 if args.method == "sft" else round(args.passes / args.interval)
+    if not (0 < args.interval <= 1 and abs(args.interval * (parts := round(1 / args.interval)) - 1) < 1e-3):
+        raise InputError(f"--interval {args.interval} must be 1 over a whole number (1, 0.5, 0.25, 0.2, ...), so that no iteration holds a prompt twice")
+    iterations = 1 if args.method == "sft" else round(args.passes * parts)
+    if args.method != "sft" and abs(args.passes * parts - iterations) > 1e-3:
+        raise InputError(f"--passes {args.passes} must be a multiple of --interval {args.interval}")
     if min(args.search_every, args.search_prompts, args.k, args.samples) < 1 or min(args.validate_every, args.prm_refresh) < 0:
         raise InputError("--search_every, --search_prompts, --k and --samples must be at least 1, --validate_every and --prm_refresh at least 0")
+    if not args.search_grid or min(args.search_grid) <= 0 or len(set(args.search_grid)) < len(args.search_grid):
+        raise InputError(f"--search_grid needs different temperatures above 0, found {args.search_grid}")
+    if args.method == "sft" and args.gold_response.count("{}") != 1:
+        raise InputError(f"--gold_response {args.gold_response!r} must say by one {{}} where the answer stands")
     if args.method == "sft" and (args.unlabeled != "none" or args.prm_refresh):
         raise InputError("--method sft samples nothing: drop --unlabeled and --prm_refresh")
+    if args.prm_refresh and args.prm_refresh >= iterations:
+        raise InputError(f"--prm_refresh {args.prm_refresh}: with {iterations} iterations no PRM would ever be refreshed")
     if iterations < 1 or args.steps < iterations:
         raise InputError(f"--interval {args.interval}, --passes {args.passes} and --steps {args.steps} must give at least one iteration of at least one step")
     if args.temperature not in ("adaptive", "per_class"):
@@ -286,8 +296,8 @@ def check_flags(args: Args) -> int:
             raise InputError(f"--temperature must be a number above 0, adaptive or per_class, found {args.temperature!r}")
     if args.unlabeled != "none" and not (0 <= args.mixin < 1 and (args.mixin * iterations).is_integer()):
         raise InputError(f"--mixin {args.mixin} must be at least 0, below 1 and a whole number of the {iterations} iterations")
-    if args.unlabeled == "none" and args.mixin:
-        raise InputError("--mixin needs --unlabeled oracle or vote")
+    if args.unlabeled == "none" and args.mixin or args.unlabeled != "vote" and args.vote_weights == "equal":
+        raise InputError("--mixin needs --unlabeled oracle or vote, --vote_weights equal needs --unlabeled vote")
     return iterations
 
 
@@ -355,14 +365,16 @@ def main(args: Args) -> None:
             row |= validate(policy, prm, val, folder, t, choice["all"], args)
         clock.append(time.time())
 
-        # Adapt: T <- argmax of Reward-Pass@2; nothing follows the last iteration
+        # Adapt: T <- argmax of Reward-Pass@2, by the PRM that selects next; nothing follows the last iteration
+        if args.prm_refresh and 0 < t < iterations and t % args.prm_refresh == 0:
+            row["extra_samples"] += refresh_prm(policy, out, folder, state, first_prm, args)
+            prm_from = current_prm(out, t + 1, args)
+            prm = load_prm(prm_from, args)
         if args.temperature in ("adaptive", "per_class") and 0 < t < iterations and t % args.search_every == 0:
             best, curves = adapt_temperature(policy, prm, val, folder, t, choice, args)
             searches = [s for s in searches if s["iteration"] < t] + [{"iteration": t, "was": choice, "choice": best, "objective": args.objective, "curves": curves}]
             write_jsonl(out / "temperature.jsonl", searches)
             row["extra_samples"] += len(args.search_grid) * len(val[:args.search_prompts]) * args.samples
-        if args.prm_refresh and 0 < t < iterations and t % args.prm_refresh == 0:
-            row["extra_samples"] += refresh_prm(policy, out, folder, state, first_prm, args)
         clock.append(time.time())
         phases = ["sample", "train", "validate", "search"][-len(clock) + 1:]
         row["seconds"] = {name: round(b - a, 1) for name, a, b in zip(phases, clock, clock[1:])}

@@ -45,13 +45,19 @@ FIGURES = {"greedy": "greedy accuracy", "sample": "mean sample accuracy", "pass_
            "majority": "majority vote", "best_of_n": "PRM best-of-N", "weighted": "PRM-weighted vote", "unparsable": "unparsable share"}
 
 
+AGAINST = [  # the comparisons behind the paper's findings, and those past it
+    "M-STaR/Iterative RFT 100 %", "M-STaR/ReST-EM 100 %", "continuous 100 %/Iterative RFT 100 %", "continuous 100 %/ReST-EM 100 %", "continuous 25 %/continuous 100 %",
+    "Top-2/Random-2", "Top-2/continuous 25 %", "oracle + PRM/Top-2", "vote, mix-in 0 %/Top-2", "vote, mix-in 75 %/Top-2", "vote, mix-in 75 %/vote, mix-in 0 %",
+    "M-STaR/Top-2", "M-STaR/Top-2, T = 0.5", "M-STaR/adaptive T on Pass@K", "M-STaR, PRM refreshed/M-STaR, K = 13", "M-STaR, T per difficulty/M-STaR"]
+
+
 @dataclass
 class Args(ScoringArgs):
     """Flags of stage 04."""
 
     runs: list[str] = flag(["runs/toy"], "folder that holds one sub-folder per stage; several: only compare their dynamics")
     study: str = flag("", "rows.jsonl of tests/study.py: only print its table")
-    against: list[str] = flag(["M-STaR/Iterative RFT 100 %", "M-STaR/ReST-EM 100 %", "Top-2/Random-2"], "with --study: pairs of rows A/B to compare")
+    against: list[str] = flag(AGAINST, "with --study: pairs of rows A/B to compare")
     test: str = flag("data/toy/test.jsonl", "in-domain test prompts")
     ood: str = flag("data/toy/ood.jsonl", "out-of-domain test prompts")
     benchmarks: list[str] = flag([], "also evaluate on mathvista, m3cot, mmstar_r, mmbench_r, ai2d")
@@ -302,21 +308,28 @@ def prm_markdown(report: dict) -> str:
     return "\n".join([*lines, ""])
 
 
-def draw_dynamics(metrics: list[dict], path: Path, k: int) -> None:
-    """The paper's figure: greedy accuracy, Pass@K and Reward-Pass@2 on validation, and the temperature, over iterations."""
+def draw_dynamics(metrics: list[dict], searches: list[dict], path: Path, k: int) -> None:
+    """The paper's figures: greedy accuracy, Pass@K, Reward-Pass@2 and T over iterations; Pass@K at fixed temperatures, from the searches."""
     metrics = [row for row in metrics if "pass_at_k" in row]  # the iterations that were looked at
     t = [row["iteration"] for row in metrics]
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    left = figure.subplots()
+    figure = Figure(figsize=(11 if searches else 7, 4.2), layout="constrained")
+    left, *rest = figure.subplots(1, 2 if searches else 1, squeeze=False)[0]
     for key, label, style in (("pass_at_k", f"Pass@{k}", "s-"), ("reward_pass_at_2", "Reward-Pass@2", "^-"), ("greedy_accuracy", "greedy accuracy", "o-")):
         left.plot(t, [100 * row[key] for row in metrics], style, label=label)
     left.set(xlabel="iteration (0 is the warm-up policy)", ylabel="validation prompts, %", xticks=t, title="Dynamics of self-evolving")
-    left.grid(alpha=0.3)
     right = left.twinx()
     right.step(t, [row["temperature"] for row in metrics], "k:", where="mid", label="temperature T (right axis)")
     right.set(ylabel="temperature", ylim=(0, 1.7))
     handles = [line for axis in (left, right) for line in axis.get_lines()]
-    figure.legend(handles, [line.get_label() for line in handles], loc="outside lower center", ncols=2, frameon=False)
+    left.legend(handles, [line.get_label() for line in handles], loc="lower left", bbox_to_anchor=(0, -0.42), ncols=2, frameon=False)
+    for axis in rest:
+        grid = [point["temperature"] for point in searches[0]["curves"]["pass_at_k"]]
+        for i in sorted({round(j * (len(grid) - 1) / 4) for j in range(5)}):  # five temperatures from end to end
+            axis.plot([s["iteration"] for s in searches], [100 * s["curves"]["pass_at_k"][i]["pass_at_k"] for s in searches], "o-", label=f"T = {grid[i]}")
+        axis.set(xlabel="iteration", ylabel="prompts of the search, %", xticks=[s["iteration"] for s in searches], title=f"Pass@{k} at fixed temperatures")
+        axis.legend(frameon=False)
+    for axis in (left, *rest):
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
 
@@ -345,9 +358,10 @@ def compare_runs(runs: list[str], path: Path) -> None:
     axes = figure.subplots(2, 2).flat
     for axis, (key, title, scale) in zip(axes, (("greedy_accuracy", "greedy accuracy, %", 100), ("pass_at_k", "Pass@K at the run's temperature, %", 100),
                                                 ("reward_pass_at_2", "Reward-Pass@2, %", 100), ("temperature", "temperature T", 1))):
-        for run in runs:
-            metrics = [row for row in read_jsonl(Path(run) / "03_self_evolve" / "metrics.jsonl") if key in row]
-            axis.plot([row["iteration"] / max(metrics[-1]["iteration"], 1) for row in metrics], [scale * row[key] for row in metrics], "o-", ms=3, label=Path(run).name)
+        for folder in (Path(run) / "03_self_evolve" for run in runs):
+            metrics, flags = [row for row in read_jsonl(folder / "metrics.jsonl") if key in row], json.loads((folder / "run.json").read_text())["flags"]
+            iterations = 1 if flags["method"] == "sft" else flags["passes"] / flags["interval"]
+            axis.plot([row["iteration"] / iterations for row in metrics], [scale * row[key] for row in metrics], "o-", ms=3, label="/".join(folder.parts[-3:-1]))
         axis.set(title=title, xlabel="share of training")
         axis.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -358,35 +372,44 @@ def compare_runs(runs: list[str], path: Path) -> None:
 def crossed_interval(values: np.ndarray, resamples: int, seed: int = 0) -> dict:
     """Mean of verdicts (seeds, prompts) and its 95 % bootstrap interval over seeds and prompts: every seed answers the same prompts.
 
-    Few seeds make a bootstrap too sure of itself, so the part between seeds is widened to Student's t with s - 1 degrees of
-    freedom (2.7 times at 3 seeds). With one seed the interval is over prompts only.
+    The part between seeds is Student's t with s - 1 degrees of freedom, the part between prompts a bootstrap; what seeds and
+    prompts do together is in both, so the interval is rather too wide. With one seed it is over prompts only.
 
     >>> {k: round(v, 2) for k, v in crossed_interval(np.array([[1.0, 0.0], [1.0, 0.0]]), 1000).items()}
     {'mean': 0.5, 'low': 0.0, 'high': 1.0, 'seeds': 2, 'n': 2}
     """
     rng, (s, n) = np.random.default_rng(seed), values.shape
     by_seed, by_prompt, mean = values.mean(1), values.mean(0), values.mean()
-    wider = student.ppf(0.975, s - 1) / 1.96 * (s / (s - 1)) ** 0.5 if s > 1 else 0.0
-    means = [wider * (by_seed[rng.integers(s, size=s)].mean() - mean) + by_prompt[rng.integers(n, size=n)].mean() for _ in range(resamples)]
+    between = by_seed.std(ddof=1) / s ** 0.5 * rng.permutation(student.ppf((np.arange(resamples) + 0.5) / resamples, s - 1)) if s > 1 else np.zeros(resamples)
+    means = between + by_prompt[rng.integers(n, size=(resamples, n))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return {"mean": float(mean), "low": float(low), "high": float(high), "seeds": s, "n": n}
 
 
 def study_table(rows: list[dict], args: Args) -> str:
-    """The lines of tests/study.py as a table beside the paper's figures, and the paired differences of args.against."""
+    """The lines of tests/study.py as a table beside the paper's figures, and the paired differences of args.against.
+
+    Raises InputError if the lines are not comparable: other data, shared stages or, within a row, flags.
+    """
     names = list(dict.fromkeys(row["name"] for row in rows))
     of = {name: {row["seed"]: row for row in rows if row["name"] == name} for name in names}
+    if len({json.dumps([row["data"], row["shared_flags"]], sort_keys=True) for row in rows}) > 1:
+        raise InputError(f"{args.study} holds rows made with different data or shared flags; keep them in different files")
+    if mixed := [name for name in names if len({row["flags"] for row in of[name].values()}) > 1]:
+        raise InputError(f"{args.study}: the seeds of {mixed[0]!r} were made with different flags")
     stack = lambda name, seeds, split: np.array([[int(v) for v in of[name][s]["verdicts"][split]] for s in seeds], float)  # (seeds, prompts)
     show = lambda r, sign="": f"{100 * r['mean']:{sign}.1f} [{100 * r['low']:{sign}.1f}, {100 * r['high']:{sign}.1f}]"
+    share = lambda r: show({"mean": r["mean"], "low": max(r["low"], 0.0), "high": min(r["high"], 1.0)})
+    spent = lambda name, key: round(sum(row[key] for row in of[name].values()) / len(of[name]))
     lines = ["| | test (ID) | ood | seeds | paper ID / OOD | samples + extra | steps | flags of 03_self_evolve.py |", "|---|---|---|---|---|---|---|---|"]
     for name in names:
         seeds, first = sorted(of[name]), next(iter(of[name].values()))
-        cells = [show(crossed_interval(stack(name, seeds, split), args.resamples)) for split in ("test", "ood")]
+        cells = [share(crossed_interval(stack(name, seeds, split), args.resamples)) for split in ("test", "ood")]
         paper = f"{first['paper_id']} / {first['paper_ood']}" if first["paper_id"] else "-"
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {len(seeds)} | {paper} | {first['samples']} + {first['extra_samples']} | {first['steps']} | `{first['flags']}` |")
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {len(seeds)} | {paper} | {spent(name, 'samples')} + {spent(name, 'extra_samples')} | {first['steps']} | `{first['flags']}` |")
     lines += ["", "| paired difference | test (ID) | ood | seeds |", "|---|---|---|---|"]
-    if wrong := [pair for pair in args.against if pair.count("/") != 1]:
-        raise InputError(f"--against takes pairs of rows A/B, found {wrong}")
+    if wrong := [pair for pair in args.against if pair.count("/") != 1 or args.against != Args().against and not set(pair.split("/")) <= set(names)]:
+        raise InputError(f"--against takes pairs of rows A/B of {args.study}, found {wrong}")
     for a, b in (pair.split("/") for pair in args.against):
         if seeds := sorted(set(of.get(a, ())) & set(of.get(b, ()))):
             cells = [show(crossed_interval(stack(a, seeds, split) - stack(b, seeds, split), args.resamples), "+") for split in ("test", "ood")]
@@ -486,6 +509,9 @@ def main(args: Args) -> None:
     if unknown := set(args.benchmarks) - set(BENCHMARKS):
         raise InputError(f"--benchmarks knows {', '.join(BENCHMARKS)}, not {', '.join(sorted(unknown))}")
     benchmarks = {name: make_benchmark(name, Path(args.data_root) / name) for name in args.benchmarks}
+    trained = metrics.with_name("run.json")
+    if trained.exists() and (then := json.loads(trained.read_text())["flags"]["aggregate"]) != args.aggregate:
+        raise InputError(f"stage 03 selected with --aggregate {then}, so its policy is judged with that: give the same flag here")
     out = open_run(args, "04_eval", {"test": args.test, "ood": args.ood, **{"model" if name == "base" else name: path for name, path in paths.items()}, "prm": reward_model, **benchmarks})
     if (out / "report.json").exists():
         return print((out / "report.md").read_text())
@@ -512,7 +538,8 @@ def main(args: Args) -> None:
         text += "\n" + benchmark_tables(report["benchmarks"])
     text += settings(args)
     write_atomic(out / "report.md", text)
-    draw_dynamics(read_jsonl(metrics), out / "dynamics.png", args.samples)
+    searches = metrics.with_name("temperature.jsonl")
+    draw_dynamics(read_jsonl(metrics), read_jsonl(searches) if searches.exists() else [], out / "dynamics.png", args.samples)
     draw_prm(prm_report, out / "prm.png")
     write_json(out / "report.json", report | {"prm": prm_report})
     print(text)

@@ -206,8 +206,12 @@ def open_run(args, stage: str, inputs: dict) -> Path:
     """Make, lock and fingerprint the folder of a stage: `<runs>/<stage>`.
 
     inputs: {name: file or checkpoint folder} the results depend on. Raises InputError if one is missing, if another
-    process holds the folder, or if it was made with other flags or inputs (unless args.overwrite).
+    process holds the folder, if it was made with other flags or inputs (unless args.overwrite), or if a number that must be
+    positive is not.
     """
+    positive = ("rows", "chunk", "micro_batch", "save_every", "max_prompt_tokens", "max_new_tokens", "batch_size", "steps", "learning_rate", "samples", "resamples")
+    if low := [name for name in positive if not getattr(args, name, 1) > 0]:
+        raise InputError(f"--{low[0]} must be above 0, found {getattr(args, low[0])}")
     out = Path(args.runs) / stage
     hub = [n for n, p in inputs.items() if n == "model" and not Path(p).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(p))]
     for name, path in inputs.items():

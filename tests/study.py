@@ -11,15 +11,17 @@ Writes  runs/study/seed<S>/01_warmup, 02_train_prm    shared by all rows of a se
 
 A run is stage 03 with a row's flags; then its policy answers every test and ood prompt greedily. To save time the dynamics
 are looked at only after a run's last iteration, but for the rows about temperature. A driver that was killed goes on where
-it was and repeats no finished run; rows that other flags or data made are refused. Several drivers may share the folder: a
-run that another one is at is left to it.
+it was and repeats no finished run; rows that other flags or data made are refused, and a run that stage 03 refuses is left
+out and named at the end. Several drivers may share the folder: a run that another one is at is left to it.
 """
 
 import argparse
 import contextlib
 import fcntl
+import functools
 import importlib
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -61,6 +63,7 @@ ROWS = {  # name: (the paper's ID and OOD accuracy, flags of 03_self_evolve.py; 
     "Top-2, T = 1.2": (None, None, f"--temperature 1.2 {DYNAMICS}"),
     "adaptive T on Pass@K": (42.8, 58.0, f"--objective pass_at_k {DYNAMICS}"),
     "M-STaR": (45.9, 59.5, DYNAMICS),
+    "M-STaR, K = 13": (None, None, "--samples 13"),  # about the cost of the next row
     "M-STaR, PRM refreshed": (None, None, "--prm_refresh 4"),
     "M-STaR, T per difficulty": (None, None, "--temperature per_class"),
 }
@@ -75,18 +78,25 @@ def folder_of(name: str) -> str:
     return "_".join("".join(c if c.isalnum() or c in ".-=>" else " " for c in name).split()).replace(">", "over")
 
 
-def parsed(stage: str, flags: str):
-    """A stage's Args from a line of flags."""
+def parsed(stage: str, flags: list[str]):
+    """A stage's Args from its flags; raises InputError if they contradict each other."""
     module = importlib.import_module(stage)
-    return common.HfArgumentParser(module.Args).parse_args_into_dataclasses(flags.split())[0]
+    stage_args = common.HfArgumentParser(module.Args).parse_args_into_dataclasses(flags)[0]
+    if stage == "03_self_evolve":
+        module.check_flags(stage_args)
+    return stage_args
 
 
-def run(stage: str, flags: str):
+def run(stage: str, flags: list[str]):
     """Run a stage in this process, so that a kill ends both; its tables are not shown. Returns its Args."""
     stage_args = parsed(stage, flags)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        importlib.import_module(stage).main(stage_args)
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            importlib.import_module(stage).main(stage_args)
+    finally:
         common.close_engine()
+        while common.LOCKS:  # else this process would hold the folder to its own end
+            common.LOCKS.pop().close()
     return stage_args
 
 
@@ -99,31 +109,64 @@ def greedy_verdicts(policy_path, args) -> dict[str, str]:
     return verdicts
 
 
+@functools.cache
+def data_digests() -> dict:
+    """What the toy world holds, in short."""
+    return {part: common.digest(f"data/toy/{part}") for part in ("train.jsonl", "unlabeled.jsonl", "val.jsonl", "test.jsonl", "ood.jsonl", "base")}
+
+
 def identity(name: str, seed: int, args) -> dict:
     """What a finished row must have been made with to count as this one."""
-    data = {split: common.digest(f"data/toy/{split}.jsonl") for split in ("train", "unlabeled", "val", "test", "ood")}
-    return {"name": name, "seed": seed, "flags": " ".join(f"{ROWS[name][2] or ''} {args.extra}".split()), "shared_flags": [args.extra01, args.extra02], "data": data}
+    return {"name": name, "seed": seed, "flags": " ".join(f"{ROWS[name][2] or ''} {args.extra}".split()), "shared_flags": [args.extra01, args.extra02],
+            "data": data_digests()}
 
 
-def run_row(name: str, seed: int, out: Path, args) -> dict | None:
-    """Train and judge one row; None if another driver is at it."""
-    shared, runs, row = out / f"seed{seed}", out / f"seed{seed}" / folder_of(name), identity(name, seed, args)
-    runs.mkdir(parents=True, exist_ok=True)
-    with open(runs / ".driver", "w") as lock:
+def is_finished(name: str, seed: int, table: Path, args) -> bool:
+    """Whether the table holds this row. Raises InputError if it holds one of this name and seed that was made in another way."""
+    wanted = identity(name, seed, args)
+    for row in common.read_jsonl(table) if table.exists() else ():
+        if (row["name"], row["seed"]) == (name, seed):
+            if changed := [key for key in wanted if row[key] != wanted[key]]:
+                raise common.InputError(f"{table} holds {name!r}, seed {seed}, made with another {changed[0]}: {row[changed[0]]!r}, "
+                                        f"now {wanted[changed[0]]!r}; choose another --out")
+            return True
+    return False
+
+
+def train_and_judge(name: str, seed: int, out: Path, args) -> dict:
+    """One row of the table."""
+    shared, runs, row, start = out / f"seed{seed}", out / f"seed{seed}" / folder_of(name), identity(name, seed, args), time.time()
+    look = [] if "--validate_every" in row["flags"] else ["--validate_every", "0"]  # what is looked at changes no result
+    flags = ["--runs", str(runs), "--prm", f"{shared}/02_train_prm/model", "--policy", f"{shared}/01_warmup/model", *look, *shlex.split(row["flags"]),
+             "--seed", str(seed), "--device", args.device]
+    policy, budget = {"base": "data/toy/base", "warm-up": shared / "01_warmup/model"}.get(name), {"samples": 0, "extra_samples": 0, "steps": 0}
+    if policy is None:
+        stage_args, policy = run("03_self_evolve", flags), runs / "03_self_evolve/model"
+        metrics = common.read_jsonl(runs / "03_self_evolve/metrics.jsonl")
+        budget = {key: sum(m.get(key, 0) for m in metrics) for key in ("samples", "extra_samples")} | {"steps": metrics[-1]["steps"]}
+    else:
+        stage_args = parsed("03_self_evolve", flags)
+    paper = {"paper_id": ROWS[name][0], "paper_ood": ROWS[name][1]}
+    return row | paper | budget | {"verdicts": greedy_verdicts(policy, stage_args), "seconds": round(time.time() - start, 1)}
+
+
+def add_row(name: str, seed: int, out: Path, table: Path, args) -> None:
+    """Make a row and append it to the table, unless it is there or another driver is at it."""
+    folder = out / f"seed{seed}" / folder_of(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".driver", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return None
-        start, budget = time.time(), {"samples": 0, "extra_samples": 0, "steps": 0}
-        flags = f"--runs {runs} --prm {shared}/02_train_prm/model --policy {shared}/01_warmup/model {row['flags']} --seed {seed} --device {args.device}"
-        if ROWS[name][2] is None:
-            policy, stage_args = {"base": "data/toy/base", "warm-up": shared / "01_warmup/model"}[name], parsed("03_self_evolve", flags)
-        else:
-            policy, stage_args = runs / "03_self_evolve/model", run("03_self_evolve", flags)
-            metrics = common.read_jsonl(runs / "03_self_evolve/metrics.jsonl")
-            budget = {key: sum(m.get(key, 0) for m in metrics) for key in ("samples", "extra_samples")} | {"steps": metrics[-1]["steps"]}
-        paper = {"paper_id": ROWS[name][0], "paper_ood": ROWS[name][1]}
-        return row | paper | budget | {"verdicts": greedy_verdicts(policy, stage_args), "seconds": round(time.time() - start, 1)}
+            return
+        if is_finished(name, seed, table, args):
+            return
+        row = train_and_judge(name, seed, out, args)
+        with open(out / ".table", "w") as turns:  # drivers side by side take turns
+            fcntl.flock(turns, fcntl.LOCK_EX)
+            rows = (common.read_jsonl(table) if table.exists() else []) + [row]
+            common.write_jsonl(table, sorted(rows, key=lambda row: (list(ROWS).index(row["name"]), row["seed"])))
+    print(name, seed, {split: round(v.count("1") / len(v), 3) for split, v in row["verdicts"].items()}, f"{row['seconds']:.0f} s", flush=True)
 
 
 def share_stages(seed: int, out: Path, args) -> None:
@@ -132,18 +175,7 @@ def share_stages(seed: int, out: Path, args) -> None:
     with open(out / f"seed{seed}" / ".driver", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for stage, extra in (("01_warmup", args.extra01), ("02_train_prm", args.extra02)):
-            run(stage, f"--runs {out}/seed{seed} --seed {seed} --device {args.device} {extra}")
-
-
-def is_finished(name: str, seed: int, table: Path, args) -> bool:
-    """Whether the table holds this row. Exits if it holds one of the name and seed that was made in another way."""
-    wanted = identity(name, seed, args)
-    for row in common.read_jsonl(table) if table.exists() else ():
-        if (row["name"], row["seed"]) == (name, seed):
-            if changed := [key for key in wanted if row[key] != wanted[key]]:
-                sys.exit(f"{table} holds {name!r}, seed {seed}, made with another {changed[0]}: {row[changed[0]]!r}, now {wanted[changed[0]]!r}; choose another --out")
-            return True
-    return False
+            run(stage, ["--runs", f"{out}/seed{seed}", "--seed", str(seed), "--device", args.device, *shlex.split(extra)])
 
 
 def main() -> None:
@@ -162,19 +194,18 @@ def main() -> None:
     common.transformers.logging.set_verbosity_error()
     common.transformers.logging.disable_progress_bar()
     out, table = Path(args.out), Path(args.out) / "rows.jsonl"
-    for seed in args.seeds:
-        share_stages(seed, out, args)
     for name in args.only:
-        for seed in args.seeds:
-            if is_finished(name, seed, table, args):
-                continue
-            row = run_row(name, seed, out, args)
-            if row is None:
-                continue
-            with open(out / ".table", "w") as lock:  # drivers side by side take turns
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                common.write_jsonl(table, (common.read_jsonl(table) if table.exists() else []) + [row])
-            print(name, seed, {split: round(v.count("1") / len(v), 3) for split, v in row["verdicts"].items()}, f"{row['seconds']:.0f} s", flush=True)
+        parsed("03_self_evolve", shlex.split(f"{ROWS[name][2] or ''} {args.extra}"))  # a wrong flag shows now, not after hours
+    wanted = lambda: [(name, seed) for name in args.only for seed in args.seeds if not is_finished(name, seed, table, args)]
+    for seed in sorted({seed for _, seed in wanted()}):
+        share_stages(seed, out, args)
+    for name, seed in wanted():
+        try:
+            add_row(name, seed, out, table, args)
+        except common.InputError as error:  # the other rows can do without this one
+            print(f"error: {name}, seed {seed}: {error}", file=sys.stderr, flush=True)
+    if missing := wanted():
+        sys.exit(f"error: refused, or still with another driver: {missing}")
 
 
 if __name__ == "__main__":

@@ -75,11 +75,13 @@ def test_training_methods_differ_in_start_weights_moments_and_schedule_and_nowhe
 
 def test_every_method_and_interval_draws_the_same_samples_and_steps(place):
     budgets = {}
-    for name, flags in {"a": {}, "b": {"interval": 1.0}, "c": {"interval": 0.25}, "d": {"method": "rest_em", "interval": 1.0},
-                        "e": {"unlabeled": "vote", "select": "random"}}.items():
-        metrics = rows(evolve_as(name, place, **flags) / "metrics.jsonl")
-        budgets[name] = (sum(m.get("samples", 0) for m in metrics), metrics[-1]["steps"], len(metrics) - 1)
-    assert {b[:2] for b in budgets.values()} == {(32 * 3, 4)} and [b[2] for b in budgets.values()] == [2, 1, 4, 1, 2]
+    for name, flags in {"a": {}, "b": {"interval": 1.0}, "c": {"interval": 0.25}, "d": {"method": "rest_em", "interval": 1.0}, "e": {"unlabeled": "vote", "select": "random"},
+                        "f": {"method": "iterative_rft"}, "g": {"unlabeled": "oracle", "temperature": "adaptive", "search_every": 1, "search_prompts": 2, "search_grid": [0.5, 1.0]}}.items():
+        out = evolve_as(name, place, **flags)
+        metrics, drawn = rows(out / "metrics.jsonl"), sum(len(rows(path)) for path in out.glob("iter_*/samples.jsonl"))
+        assert sum(m.get("samples", 0) for m in metrics) == drawn and sum(m["extra_samples"] for m in metrics) == sum(len(rows(path)) for path in out.glob("iter_*/search.jsonl"))
+        budgets[name] = (drawn, metrics[-1]["steps"], len(metrics) - 1)
+    assert {b[:2] for b in budgets.values()} == {(32 * 3, 4)} and [b[2] for b in budgets.values()] == [2, 1, 4, 1, 2, 2, 2]
 
 
 def test_sft_trains_once_on_gold_answers_and_samples_nothing(place):
@@ -176,28 +178,39 @@ def test_the_rerankers_top_2_are_compared_with_the_rest_prompt_by_prompt():
 
 # ---------------------------------------------------------------- past the paper
 
-def test_a_refreshed_prm_serves_the_iterations_after_it_and_temperatures_go_by_difficulty(place):
+def test_a_refreshed_prm_serves_the_search_and_the_iterations_after_it(place):
     base = (place / "runs/toy/02_train_prm/model/model.safetensors").read_bytes()
-    args = evolve.Args(**SHORT | dict(prm_refresh=1, temperature="per_class", search_every=1, search_prompts=4, search_grid=[0.5, 1.0], passes=1.0))
     made_with = asdict(train_prm.Args(device="cpu", max_new_tokens=60, prompts=32, samples=6, rollouts=2, epochs=1, held_out=0.5, val_samples=3))
     common.write_json(place / "runs/toy/02_train_prm/run.json", {"flags": made_with})  # stage 02 at its default size would take minutes
-    evolve.main(args)
-    out = place / "runs/toy/03_self_evolve"
+    out, scorers = place / "runs/toy/03_self_evolve", []
+    with pytest.MonkeyPatch.context() as patch:
+        search = evolve.adapt_temperature
+        patch.setattr(evolve, "adapt_temperature", lambda policy, prm, *rest: scorers.append(prm.model.state_dict()) or search(policy, prm, *rest))
+        evolve.main(evolve.Args(**SHORT | dict(prm_refresh=1, temperature="adaptive", search_every=1, search_prompts=4, search_grid=[0.5, 1.0])))
     refreshed = out / "iter_01/02_train_prm"
+    fresh = common.load_prm(refreshed / "model", evolve.Args(**SHORT)).model.state_dict()
+    assert (refreshed / "model/model.safetensors").read_bytes() != base and all(torch.equal(scorers[0][name], fresh[name]) for name in fresh)
+    assert evolve.current_prm(out, 2, evolve.Args(prm_refresh=1)) == refreshed / "model"
+    assert evolve.current_prm(out, 1, evolve.Args(prm_refresh=1)) == evolve.Path("runs/toy/02_train_prm/model")
     drawn = sum(len(rows(refreshed / name)) for name in ("samples.jsonl", "val.jsonl", "rollouts.jsonl"))
     assert json.loads((refreshed / "run.json").read_text())["flags"]["prompts"] == 32 and len(rows(refreshed / "samples.jsonl")) == 32 * 6
     assert [m["extra_samples"] for m in rows(out / "metrics.jsonl")] == [0, drawn + 2 * 4 * 3, 0]  # and a search: 2 temperatures, 4 prompts, K = 3
-    fresh = out / "iter_01/02_train_prm/model"
-    assert (fresh / "model.safetensors").read_bytes() != base and evolve.current_prm(out, 2, args) == fresh
-    assert evolve.current_prm(out, 1, args) == place.relative_to(place) / "runs/toy/02_train_prm/model"
+
+
+def test_temperature_per_class_goes_by_the_share_of_right_samples_of_each_prompt(place, monkeypatch):
+    monkeypatch.setattr(evolve, "search_temperature", lambda grid, objective, current: (next(temperatures), [{"temperature": 1.0, "objective": objective(1.0)}]))
+    temperatures = iter([0.9, 0.8, 0.7, 0.6])  # all, then every class that the search's prompts have
+    out = evolve_as("classes", place, temperature="per_class", passes=2.0, interval=1.0, search_every=1, search_prompts=4, search_grid=[1.0])
     (search,) = rows(out / "temperature.jsonl")
-    assert set(search["choice"]) == set(search["curves"]) and "all" in search["choice"] and len(search["choice"]) > 1
-    solved = {}
+    names, solved, seen = [name for name in search["choice"] if name != "all"], {}, set()
+    assert search["choice"]["all"] == 0.9 and names and [search["choice"][name] for name in names] == [0.8, 0.7, 0.6][:len(names)]
     for row in rows(out / "iter_01/samples.jsonl"):
         solved.setdefault(row["id"], []).append(row["correct"])
-    for row in rows(out / "iter_02/samples.jsonl"):
-        kind = "all" if row["id"] not in solved else "hard" if sum(solved[row["id"]]) < 1 else "easy" if sum(solved[row["id"]]) > 1 else "middle"
-        assert row["temperature"] == search["choice"].get(kind, search["choice"]["all"])
+    for row in rows(out / "iter_02/samples.jsonl"):  # every prompt again
+        share = sum(solved[row["id"]]) / 3
+        seen.add(kind := "hard" if share < 1 / 3 else "middle" if share < 2 / 3 else "easy")
+        assert row["temperature"] == search["choice"].get(kind, 0.9)
+    assert seen & set(names)
 
 
 # ---------------------------------------------------------------- the study
@@ -205,43 +218,69 @@ def test_a_refreshed_prm_serves_the_iterations_after_it_and_temperatures_go_by_d
 def test_intervals_over_seeds_and_prompts_are_paired_and_collapse_without_spread():
     flat = evaluate.crossed_interval(np.ones((3, 5)) * 0.25, 100)
     assert (flat["mean"], flat["low"], flat["high"]) == (0.25, 0.25, 0.25)
-    wide = evaluate.crossed_interval(np.array([[0.0] * 50, [1.0] * 50]), 500)  # all the spread is between the seeds
-    assert wide["mean"] == 0.5 and wide["low"] < -3 and wide["high"] > 4  # t(0.975, 1) = 12.7: two seeds that differ say nothing
+    wide = evaluate.crossed_interval(np.array([[0.0] * 50, [1.0] * 50]), 2000)  # all the spread is between the seeds: 0.5 +- t(0.975, 1) x sd / sqrt(2)
+    assert wide["mean"] == 0.5 and wide["low"] == pytest.approx(0.5 - 12.706 * 0.5, rel=0.05) and wide["high"] == pytest.approx(0.5 + 12.706 * 0.5, rel=0.05)
+    skewed = evaluate.crossed_interval(np.array([[8.0], [2.9], [2.9]]), 4000)  # 4.6 +- 4.303 x 2.944 / sqrt(3)
+    assert skewed["low"] == pytest.approx(4.6 - 7.315, abs=0.1) and skewed["high"] == pytest.approx(4.6 + 7.315, abs=0.1)
     one = evaluate.crossed_interval(np.array([[0.0, 1.0] * 200]), 2000)  # one seed: prompts only, 0.5 +- 1.96 x 0.5 / 20
     assert one["low"] == pytest.approx(0.451, abs=0.006) and one["high"] == pytest.approx(0.549, abs=0.006)
 
 
 def test_the_study_table_holds_hand_counted_means_and_paired_differences():
-    made = [{"name": name, "seed": seed, "paper_id": 1.0, "paper_ood": 2.0, "samples": 8, "extra_samples": 5, "steps": 3, "flags": "", "verdicts": {"test": v, "ood": v}}
-            for name, seed, v in (("A", 0, "1100"), ("B", 0, "1000"), ("A", 1, "1110"), ("B", 1, "1100"), ("A", 2, "0000"))]
+    made = [{"name": name, "seed": seed, "paper_id": 1.0, "paper_ood": 2.0, "samples": 8, "extra_samples": 5, "steps": 3, "flags": "", "data": {}, "shared_flags": [],
+             "verdicts": {"test": v, "ood": v}} for name, seed, v in (("A", 0, "1100"), ("B", 0, "1000"), ("A", 1, "1110"), ("B", 1, "1100"), ("A", 2, "0000"))]
     table = evaluate.study_table(made, evaluate.Args(against=["A/B"], resamples=200)).splitlines()
     assert table[2].startswith("| A | 41.7 [") and "| 3 | 1.0 / 2.0 | 8 + 5 | 3 |" in table[2] and table[3].startswith("| B | 37.5 [")
     assert table[-1].startswith("| A - B | +25.0 [") and table[-1].endswith("| 2 |")  # the two seeds that both rows have
+    twins = [{**row, "name": name} for row in made if row["name"] == "A" for name in "AB"]  # the same verdicts: paired, they differ by nothing
+    assert evaluate.study_table(twins, evaluate.Args(against=["A/B"], resamples=200)).endswith("| A - B | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | 3 |")
+    for spoiled, says in (([*made, {**made[0], "seed": 5, "data": {"test": "other"}}], "different data"), ([*made, {**made[0], "seed": 5, "flags": "--k 1"}], "different flags")):
+        with pytest.raises(common.InputError, match=says):
+            evaluate.study_table(spoiled, evaluate.Args(resamples=20))
+    with pytest.raises(common.InputError, match="A/Bee"):
+        evaluate.study_table(made, evaluate.Args(against=["A/Bee"], resamples=20))
 
 
-def test_a_killed_study_goes_on_without_repeating_finished_rows(world, tmp_path):
+@pytest.fixture
+def drivers(world, tmp_path):
+    """A working directory for drivers of a small study: (folder, command, environment)."""
     shutil.copytree(world, tmp_path / "data/toy")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    command = [sys.executable, str(ROOT / "tests/study.py"), "--seeds", "0", "--only", "warm-up", "Top-2", "base", "--extra01", "--steps 4 --samples 4",
-               "--extra02", "--prompts 30 --samples 6 --rollouts 2 --epochs 1 --held_out 0.4 --val_samples 4",
-               "--extra", "--passes 1 --interval 0.5 --samples 3 --steps 4"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    table, evolving = tmp_path / "runs/study/rows.jsonl", tmp_path / "runs/study/seed0/Top-2/03_self_evolve/iter_01"
-    driver = subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, str(ROOT / "tests/study.py"), "--seeds", "0", "--extra01", "--steps 4 --samples 4",
+               "--extra02", "--prompts 30 --samples 6 --rollouts 2 --epochs 1 --held_out 0.4 --val_samples 4", "--extra", "--passes 1 --interval 0.5 --samples 3 --steps 4"]
+    return tmp_path, command, {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+
+
+def test_a_killed_study_goes_on_without_repeating_finished_rows(drivers):
+    folder, command, env = drivers
+    command += ["--only", "warm-up", "Top-2", "base"]
+    table, evolving = folder / "runs/study/rows.jsonl", folder / "runs/study/seed0/Top-2/03_self_evolve/iter_01"
+    driver = subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
     while not evolving.exists():
         assert driver.poll() is None
         time.sleep(0.02)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
-    first, made = table.read_text(), (tmp_path / "runs/study/seed0/02_train_prm/metrics.json").stat().st_mtime_ns
-    assert [r["name"] for r in rows(table)] == ["warm-up"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    first, made = rows(table), (folder / "runs/study/seed0/02_train_prm/metrics.json").stat().st_mtime_ns
+    assert [r["name"] for r in first] == ["warm-up"]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert table.read_text().startswith(first) and [r["name"] for r in rows(table)] == ["warm-up", "Top-2", "base"]
-    assert (tmp_path / "runs/study/seed0/02_train_prm/metrics.json").stat().st_mtime_ns == made
-    assert all(len(r["verdicts"]["test"]) == 6 and len(r["verdicts"]["ood"]) == 4 for r in rows(table)) and rows(table)[1]["samples"] == 32 * 3
-    other = subprocess.run([c.replace("--steps 4", "--steps 5") for c in command], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert [r["name"] for r in rows(table)] == ["base", "warm-up", "Top-2"] and rows(table)[1] == first[0]  # in the order of the paper's tables
+    assert (folder / "runs/study/seed0/02_train_prm/metrics.json").stat().st_mtime_ns == made
+    assert all(len(r["verdicts"]["test"]) == 6 and len(r["verdicts"]["ood"]) == 4 for r in rows(table)) and rows(table)[2]["samples"] == 32 * 3
+    other = subprocess.run([c.replace("--steps 4", "--steps 5") for c in command], cwd=folder, env=env, capture_output=True, text=True)
     assert other.returncode and "made with" in other.stderr and len(rows(table)) == 3
+
+
+def test_two_drivers_share_a_study_and_a_refused_row_stops_no_other(drivers):
+    folder, command, env = drivers
+    command += ["--only", "PRM > alpha", "Random-2", "warm-up", "base"]
+    command[command.index("--extra") + 1] += " --alpha 1.0"  # no reward is above it, so that row has nothing to train on
+    both = [subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [driver.communicate()[1] for driver in both]
+    assert sorted(r["name"] for r in rows(folder / "runs/study/rows.jsonl")) == ["Random-2", "base", "warm-up"]
+    assert all(driver.returncode for driver in both) and all("refused, or still with another driver" in error and "'PRM > alpha', 0" in error for error in errors)
+    assert any("--select threshold keeps none" in error for error in errors)
 
 
 def test_study_rows_name_flags_that_stage_03_knows():
@@ -252,20 +291,21 @@ def test_study_rows_name_flags_that_stage_03_knows():
     assert len({study.folder_of(name) for name in study.ROWS}) == len(study.ROWS)
 
 
-def test_every_prompt_is_seen_equally_often_when_passes_do_not_divide_by_the_interval():
-    examples = [{"id": i} for i in range(7)]
-    args = evolve.Args(interval=0.3, passes=2.0)
-    seen = [[e["id"] for e in evolve.choose_prompts(examples, [], t, 7, args)] for t in range(1, 8)]
-    assert sorted(sum(seen, [])) == sorted(list(range(7)) * 2) and {len(ids) for ids in seen} == {2}
-    args = evolve.Args(interval=1.0, passes=2.5, unlabeled="vote", mixin=1 / 3)
-    halves = [[e["id"] >= 100 for e in evolve.choose_prompts(examples, [{"id": 100 + i} for i in range(7)], t, 3, args)] for t in (1, 2, 3)]
-    assert [(len(h), sum(h)) for h in halves] == [(6, 0), (6, 3), (6, 3)]  # round(2.5 x 7) = 18 prompts in 3 iterations
+def test_a_pass_shows_every_prompt_once_and_no_iteration_shows_one_twice():
+    examples, hidden = [{"id": i} for i in range(7)], [{"id": 100 + i} for i in range(7)]
+    seen = [[e["id"] for e in evolve.choose_prompts(examples, [], t, 6, evolve.Args(interval=1 / 3))] for t in range(1, 7)]
+    assert [len(ids) for ids in seen] == [2, 2, 3, 2, 2, 3] and sorted(sum(seen[:3], [])) == sorted(sum(seen[3:], [])) == list(range(7))
+    args = evolve.Args(interval=1 / 3, unlabeled="vote", mixin=0.5)
+    halves = [[e["id"] >= 100 for e in evolve.choose_prompts(examples, hidden, t, 6, args)] for t in range(1, 7)]
+    assert [len(h) for h in halves] == [2, 2, 3, 2, 2, 3] and [sum(h) for h in halves] == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("flags, says", [
     ({"temperature": "0"}, "above 0"), ({"temperature": "nan"}, "above 0"), ({"temperature": "-1"}, "above 0"), ({"temperature": "warm"}, "above 0"),
     ({"unlabeled": "vote", "mixin": 0.3}, "whole number"), ({"unlabeled": "vote", "mixin": 1.0}, "below 1"), ({"mixin": 0.5}, "--unlabeled"),
-    ({"validate_every": -1}, "--validate_every"), ({"interval": 0.0}, "--interval"), ({"method": "sft", "prm_refresh": 1}, "sft")])
+    ({"validate_every": -1}, "--validate_every"), ({"interval": 0.0}, "--interval"), ({"interval": 0.3}, "whole number"), ({"passes": 1.1}, "multiple"), ({"search_grid": [0.0, 1.0]}, "--search_grid"),
+    ({"search_grid": [1.0, 1.0]}, "--search_grid"), ({"method": "sft", "gold_response": "Answer"}, "--gold_response"), ({"prm_refresh": 8}, "no PRM"),
+    ({"vote_weights": "equal"}, "--unlabeled vote"), ({"method": "sft", "prm_refresh": 1}, "sft")])
 def test_flags_that_cannot_be_meant_are_refused(flags, says):
     with pytest.raises(common.InputError, match=says):
         evolve.check_flags(evolve.Args(**flags))
