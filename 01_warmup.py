@@ -280,7 +280,8 @@ def main(args: Args) -> None:
 
     # Generate: chains of thought from the base model
     rows = append_chunks(out / "samples.jsonl", examples, args.samples, args.chunk,
-                         lambda chunk: sample_rows(policy, chunk, args.samples, args.temperature, "train", 0, args), "01 sample")
+                         lambda chunk: sample_rows(policy, chunk, args.samples, args.temperature, "train", 0, args), "01 sample",
+                         lean=lambda row: row if row["correct"] else {key: row[key] for key in ("id", "answer", "correct")})
     sampled = time.time()
 
     # Select: right final answers, binary reward 1(a* = a)

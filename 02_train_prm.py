@@ -164,6 +164,7 @@ def main(args: Args) -> None:
     start_from = args.policy or Path(args.runs) / "01_warmup" / "model"
     out = open_run(args, "02_train_prm", {"data": args.data, "val": args.val, "policy": start_from})
     if (out / "metrics.json").exists():
+        drop_checkpoint(out / "checkpoint")
         return report(out)
     examples, val, clock = load_examples(args.data)[:args.prompts], load_examples(args.val), time.time()
     checker, policy = load_checker(args.chain_checker), load_policy(start_from, args)  # pi_warmup
@@ -198,14 +199,16 @@ def main(args: Args) -> None:
     state = fit(prm, optimizer, batches, lambda batch: prm_loss(prm, [by_id[r["id"]] for r in batch], [r["token_ids"] for r in batch],
                                                                 [steps_of[r["id"], r["sample"]] for r in batch], args.labels, args),
                 args, "02 train", state, lambda s: save_checkpoint(out / "checkpoint", prm, optimizer, s))
+    save_checkpoint(out / "checkpoint", prm, optimizer, state)
     save_model(prm, out / "model")
-    drop_checkpoint(out / "checkpoint")  # the model is whole now
+    optimizer = prm.optimizer = None  # its memory is needed for what follows
     trained = time.time()
 
     # Report, on prompts it was not trained on
-    judged = [row for row in responses if row["id"] in held]
-    scores = score_steps(prm, [by_id[r["id"]] for r in judged], [[r["token_ids"]] for r in judged], args)
-    measured = [{**s, "score": f} for r, (fs,) in zip(judged, scores) for s, f in zip(steps_of.get((r["id"], r["sample"]), []), fs)]
+    judged = grouped([row for row in responses if row["id"] in held])
+    scores = score_steps(prm, [by_id[prompt] for prompt in judged], [[r["token_ids"] for r in rows] for rows in judged.values()], args)
+    measured = [{**s, "score": f} for rows, row_scores in zip(judged.values(), scores) for r, fs in zip(rows, row_scores)
+                for s, f in zip(steps_of.get((r["id"], r["sample"]), []), fs)]
     warmup = load_policy(start_from, args)
     val_rows = append_chunks(out / "val.jsonl", val, args.val_samples, args.chunk,
                              lambda chunk: sample_rows(warmup, chunk, args.val_samples, args.temperature, "prm-val", 0, args, prm), "02 judge")
@@ -216,6 +219,7 @@ def main(args: Args) -> None:
         "mean_hard": sum(s["hard"] for s in steps) / len(steps), "steps": state["step"], "mean_loss": state["loss"] / max(state["batch"], 1),
         "held_out": step_report(measured), "response_auc": roc_auc_score(correct, reward), "chains": chain_report(val_rows, by_id, checker),
         "seconds": {"sample": round(sampled - clock, 1), "train": round(trained - sampled, 1), "report": round(time.time() - trained, 1)}})
+    drop_checkpoint(out / "checkpoint")  # the model is whole and judged now
     report(out)
 
 

@@ -143,7 +143,9 @@ def generate_samples(policy, prm, prompts: list[dict], t: int, choice: dict, cla
         return [row for (hidden, temperature), group in groupby(chunk, key=kind)
                 for row in sample_rows(policy, list(group), args.samples, temperature, "evolve", t, args, prm, right_only=not hidden)]
 
-    return append_chunks(folder / "samples.jsonl", sorted(prompts, key=kind), args.samples, args.chunk, produce, f"03 sample {t}")
+    hidden = {e["id"] for e in prompts if e["answer"] is None}
+    return append_chunks(folder / "samples.jsonl", sorted(prompts, key=kind), args.samples, args.chunk, produce, f"03 sample {t}",
+                         lean=lambda row: row if row["correct"] or row["id"] in hidden else {key: row[key] for key in ("id", "answer", "correct")})
 
 
 # ---------------------------------------------------------------- select and improve
@@ -323,7 +325,7 @@ def main(args: Args) -> None:
         folder, clock = out / f"iter_{t:02d}", [time.time()]
         folder.mkdir(exist_ok=True)
         if prm_from != current_prm(out, t, args):
-            prm_from = current_prm(out, t, args)
+            prm_from, prm = current_prm(out, t, args), None  # two of them need not fit
             prm = load_prm(prm_from, args)
         choice, classes = current_temperature(searches, out, t, args)  # T
         row = {"iteration": t, "temperature": choice["all"], "extra_samples": 0}
@@ -351,9 +353,13 @@ def main(args: Args) -> None:
             batches = [[selected[i] for i in b] for b in epoch_batches(len(selected), args.batch_size, steps, args.seed, "evolve", t)]
             if state["iteration"] < t:
                 state = begin_iteration(policy, optimizer, state, t, start_from, args)
+            if args.offload:
+                move_trainer(prm, "cpu")  # it rests meanwhile
             state = fit(policy, optimizer, batches, lambda b: sft_loss(policy, [by_id[r["id"]] for r in b], [r["token_ids"] for r in b], args),
                         args, f"03 train {t}", state, lambda s: save_checkpoint(out / "checkpoint", policy, optimizer, s))
             save_checkpoint(out / "checkpoint", policy, optimizer, state)
+            if args.offload:
+                move_trainer(prm, args.device)
             row |= {"lr": learning_rate(state["step"] - state["reset"] - 1, args.learning_rate, args.warmup_steps), "prompts": len(prompts),
                     "samples": 0 if args.method == "sft" else len(prompts) * args.samples, "no_vote": no_vote,
                     "correct": sum(r["correct"] for r in samples if "pseudo_label" not in r), "voted": sum(r["correct"] for r in samples if "pseudo_label" in r),
@@ -367,6 +373,7 @@ def main(args: Args) -> None:
 
         # Adapt: T <- argmax of Reward-Pass@2, by the PRM that selects next; nothing follows the last iteration
         if args.prm_refresh and 0 < t < iterations and t % args.prm_refresh == 0:
+            prm = None
             row["extra_samples"] += refresh_prm(policy, out, folder, state, first_prm, args)
             prm_from = current_prm(out, t + 1, args)
             prm = load_prm(prm_from, args)

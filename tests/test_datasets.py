@@ -236,20 +236,23 @@ def lines(folder, count):
     return folder / "d.jsonl"
 
 
-def test_of_many_images_all_must_exist_a_sample_is_verified_and_the_rest_when_read(tmp_path):
+def test_of_many_images_all_must_open_a_sample_is_verified_and_the_rest_when_read(tmp_path):
     path = lines(tmp_path, 4100)  # more than 4,096: every second one is verified
     (tmp_path / "images/1.png").unlink()
-    (tmp_path / "images/1.png").write_bytes(b"no image")
+    (tmp_path / "images/1.png").write_bytes(picture(0)[:60])  # its header is whole
     examples = common.load_examples(path)
     with pytest.raises(common.InputError, match="d.jsonl line 2: image .*1.png cannot be read"):
         common.read_image(examples[1])
     assert common.read_image(examples[0]).size == (24, 24)
     (tmp_path / "images/2.png").unlink()
-    (tmp_path / "images/2.png").write_bytes(b"no image")
+    (tmp_path / "images/2.png").write_bytes(picture(0)[:60])
     with pytest.raises(common.InputError, match="line 3: image .* cannot be read"):
         common.load_examples(path)
     (tmp_path / "images/2.png").unlink()
     with pytest.raises(common.InputError, match="line 3: image .* does not exist"):
+        common.load_examples(path)
+    (tmp_path / "images/1.png").write_bytes(b"no image")
+    with pytest.raises(common.InputError, match="line 2: image .* cannot be read"):
         common.load_examples(path)
 
 
