@@ -233,6 +233,19 @@ def test_a_second_process_on_one_run_folder_is_refused(tmp_path):
     common.LOCKS.pop().close()
 
 
+def test_flags_of_memory_and_speed_may_change_between_restarts_and_no_others(tmp_path):
+    made = common.CommonArgs(runs=str(tmp_path), device="cpu")
+    common.open_run(made, "01_warmup", {})
+    common.LOCKS.pop().close()
+    common.open_run(common.replace(made, rows=64, micro_batch=2, chunk=8, save_every=9, gradient_checkpointing=True, max_prompt_tokens=99), "01_warmup", {})
+    common.LOCKS.pop().close()
+    with pytest.raises(common.InputError, match="flag max_new_tokens was 80, now 81"):
+        common.open_run(common.replace(made, max_new_tokens=81), "01_warmup", {})
+    common.LOCKS.pop().close()
+    with pytest.raises(common.InputError, match="--micro_batch must be above 0, found 0"):
+        common.open_run(common.replace(made, micro_batch=0), "01_warmup", {})
+
+
 def test_a_missing_earlier_stage_is_named(tmp_path):
     with pytest.raises(common.InputError, match=r"02_train_prm needs .*01_warmup/model.*run 01_warmup.py first"):
         common.open_run(common.CommonArgs(runs=str(tmp_path)), "02_train_prm", {"policy": tmp_path / "01_warmup" / "model"})

@@ -159,6 +159,20 @@ def test_the_probe_stops_at_other_logprobs_and_at_other_prompt_ids_and_passes_a_
             probe(other, [1, 2], [-0.5, -1.0, -0.1])
 
 
+def test_in_bfloat16_the_probe_forgives_one_token_of_many_and_no_other_weights(policy, examples, args, monkeypatch):
+    def probe(logprobs):
+        outputs, tokens = [type("Output", (), {"prompt_token_ids": [5]})], list(range(len(logprobs)))
+        monkeypatch.setattr(common, "ask_engine", lambda *a: (outputs, [[common.Response(tokens, "", True, logprobs)]]))
+        return common.probe_engine(policy, None, examples[0], [5], common.Response(tokens, "", True, [-1.0] * len(logprobs)), args)
+    with pytest.raises(common.InputError, match="-1.4000 there"):
+        probe([-1.0] * 7 + [-1.4])  # float32
+    policy.model.bfloat16()
+    assert probe([-1.0] * 7 + [-1.4]) == pytest.approx(0.4) and probe([-1.25] * 8) == pytest.approx(0.25)
+    for other in ([-1.4] * 8, [-1.0, -1.4]):
+        with pytest.raises(common.InputError, match="does not hold the policy's weights"):
+            probe(other)
+
+
 # ---- SFT
 
 def test_loss_falls_on_the_response_and_its_closing_eos_only(policy, examples, args):
@@ -174,6 +188,21 @@ def test_loss_falls_on_the_response_and_its_closing_eos_only(policy, examples, a
         wanted, count = wanted + F.cross_entropy(logits, torch.tensor(ids), reduction="sum").item(), count + len(ids)
     loss, tokens = common.sft_loss(policy, examples[:2], targets, args)
     assert tokens == count == 3 + 1 + len(targets[1]) + 1 and loss.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_loss_of_thousands_of_tokens_is_made_in_pieces_and_stays_the_same(policy, examples, args):
+    targets = [[9 + i % 5 for i in range(700)]] * 4  # 4 x 701 tokens: two pieces
+    grads, losses = [], []
+    for together in (False, True):
+        policy.model.zero_grad()
+        parts = [(examples[:4], targets)] if together else [([e], [t]) for e, t in zip(examples[:4], targets)]
+        loss = sum(common.sft_loss(policy, *part, args)[0] for part in parts)
+        loss.backward()
+        losses.append(loss.item())
+        grads.append({n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None})
+    assert common.sft_loss(policy, examples[:4], targets, args)[1] == 4 * 701 > 2048 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    largest = max(g.abs().max().item() for g in grads[0].values())
+    assert grads[0].keys() == grads[1].keys() and all(torch.allclose(grads[0][n], grads[1][n], rtol=1e-3, atol=1e-5 * largest) for n in grads[0])
 
 
 def test_an_eos_that_is_also_the_pad_token_is_still_learned(policy, examples, args):
@@ -343,6 +372,22 @@ def test_a_frozen_vision_tower_stays_and_the_rest_learns(tiny, examples, args):
     assert not [n for n in moved if "vision_model" in n] and {"model.connector.modality_projection.proj.weight", "model.text_model.norm.weight"} <= moved
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_gradient_flows_through_a_frozen_vision_tower(tiny, examples, args, checkpointing):
+    args.freeze_vision, args.gradient_checkpointing = True, checkpointing
+    policy, seen = common.load_policy(tiny, args), []
+    policy.model.train()
+    common.vision_tower(policy.model).register_forward_hook(lambda module, given, out: seen.append(out[0].requires_grad))
+    common.sft_loss(policy, examples[:2], [[9, 9]] * 2, args)[0].backward()
+    assert seen == [False] and policy.model.get_input_embeddings().weight.grad is not None
+
+
+def test_training_ends_a_response_with_the_token_that_closes_the_templates_turn(policy):
+    eos, plus = policy.tokenizer.eos_token_id, policy.tokenizer.convert_tokens_to_ids("+")
+    assert common.closing_first(policy.processor, [plus, eos]) == [eos, plus]  # as Gemma 3: the template closes with the second
+    assert common.closing_first(policy.processor, [eos, plus]) == [eos, plus] and common.closing_first(policy.processor, [plus]) == [plus]
+
+
 def test_the_attention_that_was_asked_for_is_used_and_stays_after_training(tiny, examples, args, monkeypatch):
     for args.attention, chosen, trained in (("auto", "sdpa", "eager"), ("sdpa", "sdpa", "sdpa"), ("eager", "eager", "eager")):
         policy, used = common.load_policy(tiny, args), []
@@ -430,6 +475,20 @@ def test_scores_do_not_depend_on_batch_or_padding_and_training_reads_the_same_lo
             logits = policy.model(**batch).logits[0]
             at = [start + e - 1 for e in common.step_ends(response, policy.tokenizer)]
             assert mine == pytest.approx((logits[at, policy.marks[0]] - logits[at, policy.marks[1]]).sigmoid().tolist(), abs=1e-5)
+
+
+def test_long_responses_are_scored_in_small_parts_with_the_same_result(policy, examples, args):
+    policy.marks = (policy.tokenizer.convert_tokens_to_ids("+"), policy.tokenizer.convert_tokens_to_ids("-"))
+    step = policy.tokenizer("1 + 2 = 3\n")["input_ids"]
+    long = [step * n for n in (90, 30, 60)]
+    widths, inner = [], policy.model.base_model
+    inner.register_forward_pre_hook(lambda module, given, named: widths.append(tuple(named["input_ids"].shape)), with_kwargs=True)
+    many = common.score_steps(policy, examples[:1], [long * 60], args)[0]
+    prompt, *parts = widths
+    assert prompt[1] == 42 and parts == [(120, 360), (60, 540)]  # sorted by length; a 121st row of 42 + 540 tokens would make 70,422 > 65,536 positions
+    alone = common.score_steps(policy, examples[:1], [long], args)[0]
+    for k, scores in enumerate(many):
+        assert scores == pytest.approx(alone[k % 3], abs=1e-5)
 
 
 def test_prm_loss_is_cross_entropy_at_the_scored_positions_and_zero_without_labels(policy, examples, args):
