@@ -10,8 +10,9 @@ Writes  runs/toy/04_eval/predictions.jsonl  one greedy response and K samples pe
                          prm.png            the PRM as a verifier (best of n, votes) and as a reranker (Top-2 against the rest)
 
 Intervals are 95 % bootstrap intervals over prompts. Differences are paired: the same prompts, resampled together.
-With several --runs it only draws their dynamics into one figure; with --study it turns the lines of tests/study.py into a
-table (mean over seeds, interval over seeds and prompts) and paired differences.
+With several --runs it only draws their dynamics into one figure and tells what training changed over all of them; with
+--study it turns the lines of tests/study.py into a table (mean over seeds, interval over seeds and prompts) and paired
+differences.
 
 Benchmarks are asked in our one prompt form, question, lettered choices, --instruction, with the dataset's own hint or
 context before the question. MMStar-R and MMBench-R leave out the perception categories, as in the paper. MMBench asks
@@ -19,7 +20,7 @@ a question several times with its choices rotated: it counts if all copies are r
 
     python 04_eval.py
     python 04_eval.py --runs runs/a runs/b runs/c
-    python 04_eval.py --study runs/study/rows.jsonl
+    python 04_eval.py --study tests/study_rows.jsonl
     python 04_eval.py --runs runs/qwen --test data/mathv360k/test.jsonl --benchmarks mathvista m3cot mmstar_r mmbench_r ai2d
 """
 
@@ -369,6 +370,24 @@ def compare_runs(runs: list[str], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def dynamics_table(runs: list[str], args: Args) -> str:
+    """What training changed on validation, from the first look to the last, over all the runs: intervals paired over runs and prompts."""
+    table: dict = {}
+    for folder in (Path(run) / "03_self_evolve" for run in runs):
+        looks = [row["iteration"] for row in read_jsonl(folder / "metrics.jsonl") if "pass_at_k" in row]
+        for when, t in (("first look", looks[0]), ("last look", looks[-1])):
+            greedy, samples = (grouped(read_jsonl(folder / f"iter_{t:02d}" / name)) for name in ("val_greedy.jsonl", "val_samples.jsonl"))
+            figures = [prompt_figures(greedy[prompt][0], rows) for prompt, rows in samples.items()]
+            for name in ("greedy", "pass_at_k", "reward_pass_at_2"):
+                table.setdefault(name, {}).setdefault(when, []).append([float(row[name]) for row in figures])
+    lines = [f"| {len(runs)} runs, validation | first look | last look | difference |", "|---|---|---|---|"]
+    for name, looks in table.items():
+        first, last = (np.array(looks[when]) for when in ("first look", "last look"))  # (runs, prompts)
+        change = crossed_interval(last - first, args.resamples)
+        lines.append(f"| {FIGURES[name]} | {100 * first.mean():.1f} | {100 * last.mean():.1f} | {100 * change['mean']:+.1f} [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}] |")
+    return "\n".join(lines)
+
+
 def crossed_interval(values: np.ndarray, resamples: int, seed: int = 0) -> dict:
     """Mean of verdicts (seeds, prompts) and its 95 % bootstrap interval over seeds and prompts: every seed answers the same prompts.
 
@@ -501,7 +520,7 @@ def main(args: Args) -> None:
         return print(study_table(read_jsonl(args.study), args))
     if len(args.runs) > 1:
         compare_runs(args.runs, Path(args.runs[0]) / "compare.png")
-        return print(f"wrote {args.runs[0]}/compare.png")
+        return print(f"wrote {args.runs[0]}/compare.png\n{dynamics_table(args.runs, args)}")
     args.runs = args.runs[0]
     runs = Path(args.runs)
     paths = {"base": Path(args.model), "warm-up": runs / "01_warmup" / "model", "M-STaR": runs / "03_self_evolve" / "model"}

@@ -165,6 +165,28 @@ def test_votes_and_best_of_n_over_n_by_hand():
                      4: {"majority": 0.5, "best_of_n": 1.0, "weighted": 0.5}}  # q: three votes for 5, which weigh 0.6; 0.4 is the largest reward
 
 
+def test_several_runs_are_drawn_together_and_what_training_changed_is_counted_by_hand(tmp_path):
+    def look(folder, right, **looked):  # right: per prompt the greedy verdict and those of K = 2 samples
+        (folder / f"iter_{looked['iteration']:02d}").mkdir(parents=True)
+        greedy = [{"id": p, "answer": "1", "correct": r[0]} for p, r in right.items()]
+        samples = [{"id": p, "answer": "1", "correct": c, "reward": 0.5 - k} for p, r in right.items() for k, c in enumerate(r[1:])]
+        for name, made in (("val_greedy", greedy), ("val_samples", samples)):
+            common.write_jsonl(folder / f"iter_{looked['iteration']:02d}" / f"{name}.jsonl", made)
+        return {"temperature": 1.0, "greedy_accuracy": 0.0, "pass_at_k": 0.0, "reward_pass_at_2": 0.0, **looked}
+
+    for run, last in (("a", {"p": (1, 1, 0), "q": (1, 0, 1)}), ("b", {"p": (1, 1, 1), "q": (0, 0, 0)})):
+        folder = tmp_path / run / "03_self_evolve"
+        looks = [look(folder, {"p": (0, 0, 0), "q": (0, 1, 1)}, iteration=0), {"iteration": 1, "temperature": 1.0}, look(folder, last, iteration=2)]
+        common.write_jsonl(folder / "metrics.jsonl", looks)
+        common.write_json(folder / "run.json", {"flags": {"method": "continuous", "passes": 2.0, "interval": 1.0}})
+    runs = [str(tmp_path / run) for run in "ab"]
+    evaluate.compare_runs(runs, tmp_path / "compare.png")
+    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    greedy, passed, rewarded = evaluate.dynamics_table(runs, evaluate.Args(resamples=50)).splitlines()[2:]
+    assert greedy.startswith("| greedy accuracy | 0.0 | 75.0 | +75.0 [")  # first 0 of 4, last 3 of 4
+    assert passed.startswith("| Pass@K | 50.0 | 75.0 | +25.0 [") and rewarded.startswith("| Reward-Pass@2 | 50.0 | 75.0 | +25.0 [")  # of K = 2 the top two are all
+
+
 def test_the_rerankers_top_2_are_compared_with_the_rest_prompt_by_prompt():
     prompts = [sampled("p", ("1", True, 0.1, 6), ("1", True, 0.9, 2), ("1", True, 0.5, 4), ("2", False, 1.0, 9)),
                sampled("q", ("1", True, 0.2, 5), ("1", True, 0.3, 5), ("1", True, 0.6, 2), ("1", True, 0.4, 2)),
