@@ -38,6 +38,17 @@ def place(world, tmp_path, monkeypatch):
     return tmp_path
 
 
+def contents(folder):
+    """Every file of a run, JSON without seconds and without the run's own name."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != ".lock":
+            text = path.read_text().replace(f"runs/{folder.parent.name}/", "runs/") if path.suffix in (".json", ".jsonl") else ""
+            lines = text.splitlines() if path.suffix == ".jsonl" else [text] if text else []
+            found[str(path.relative_to(folder))] = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines] or path.read_bytes()
+    return found
+
+
 def evolve_as(name, place, **flags):
     """One run of stage 03 in runs/<name>, in this process; its folder."""
     shutil.copytree(place / "runs/toy", place / f"runs/{name}", ignore=shutil.ignore_patterns("03_*"))
@@ -235,6 +246,41 @@ def test_temperature_per_class_goes_by_the_share_of_right_samples_of_each_prompt
     assert seen & set(names)
 
 
+@pytest.mark.parametrize("flags", [
+    dict(method="rest_em", unlabeled="vote", save_every=1), dict(method="iterative_rft", unlabeled="oracle", save_every=1, validate_every=0),
+    dict(temperature="per_class", prm_refresh=1, search_every=1, search_prompts=4, search_grid=[0.5, 1.0], passes=2.0, interval=1.0)])
+def test_every_variant_goes_on_after_an_interruption_at_any_write_as_if_there_had_been_none(place, monkeypatch, flags):
+    made_with = asdict(train_prm.Args(device="cpu", max_new_tokens=60, prompts=32, samples=6, rollouts=2, epochs=1, held_out=0.5, val_samples=3))
+    common.write_json(place / "runs/toy/02_train_prm/run.json", {"flags": made_with})
+    fsync, writes = os.fsync, []
+    monkeypatch.setattr(common.os, "fsync", lambda file: writes.append(file) or fsync(file))
+    whole = contents(evolve_as("whole", place, **flags))
+    stops, total = iter(np.random.default_rng(0).permutation(range(2, len(writes)))[:6].tolist()), len(writes)
+
+    def failing(file):  # as kill -9 would: what this write was for is not finished
+        writes.append(file)
+        if len(writes) == stop:
+            raise KeyboardInterrupt
+        fsync(file)
+
+    monkeypatch.setattr(common.os, "fsync", failing)
+    shutil.copytree(place / "runs/toy", place / "runs/broken", ignore=shutil.ignore_patterns("03_*"))
+    interrupted, stop, done = 0, 0, False
+    while not done:
+        writes.clear()
+        stop = next(stops, 0)
+        try:
+            evolve.main(evolve.Args(runs="runs/broken", **SHORT | flags))
+            done = not stop or len(writes) < stop
+        except KeyboardInterrupt:
+            interrupted += 1
+        while common.LOCKS:
+            common.LOCKS.pop().close()
+    assert total > 8 and interrupted >= 2
+    broken = contents(place / "runs/broken/03_self_evolve")
+    assert broken.keys() == whole.keys() and [name for name in whole if broken[name] != whole[name]] == []
+
+
 # ---------------------------------------------------------------- the study
 
 def test_intervals_over_seeds_and_prompts_are_paired_and_collapse_without_spread():
@@ -339,3 +385,11 @@ def test_looking_less_often_changes_no_sample_and_no_weight(place):
         assert (often / name).read_bytes() == (seldom / name).read_bytes(), name
     assert ["pass_at_k" in m for m in rows(often / "metrics.jsonl")] == [True, True, True]
     assert ["pass_at_k" in m for m in rows(seldom / "metrics.jsonl")] == [False, False, True]
+
+
+def test_the_readme_shows_what_its_study_command_prints_and_every_row_is_one_of_the_study():
+    measured, readme = common.read_jsonl(ROOT / "tests/study_rows.jsonl"), (ROOT / "README.md").read_text().splitlines()
+    assert [line for line in evaluate.study_table(measured, evaluate.Args()).splitlines() if line not in readme] == []
+    for row in measured:
+        assert row["flags"] == " ".join((study.ROWS[row["name"]][2] or "").split()) and row["shared_flags"] == ["", ""]
+        assert {split: len(verdicts) for split, verdicts in row["verdicts"].items()} == {"test": 500, "ood": 300}
