@@ -38,7 +38,7 @@ from pathlib import Path
 
 from common import (LETTERS, CommonArgs, InputError, append_chunks, canonical, check_longest_prompts, choice_index, digest, distinct, drop_checkpoint, epoch_batches,
                     fit, flag, grouped, load_checkpoint, load_examples, load_policy, make_optimizer, open_run, print_table, run_stage, sample_rows,
-                    save_checkpoint, save_model, seed_of, sft_loss, write_json, write_jsonl)
+                    save_checkpoint, save_model, seed_of, sft_loss, verdict_if_wrong, write_json, write_jsonl)
 
 DECODER = json.JSONDecoder()
 HELD_OUT = {"test": 750, "val": 250}
@@ -281,7 +281,7 @@ def main(args: Args) -> None:
     # Generate: chains of thought from the base model
     rows = append_chunks(out / "samples.jsonl", examples, args.samples, args.chunk,
                          lambda chunk: sample_rows(policy, chunk, args.samples, args.temperature, "train", 0, args), "01 sample",
-                         lean=lambda row: row if row["correct"] else {key: row[key] for key in ("id", "answer", "correct")})
+                         lean=verdict_if_wrong)
     sampled = time.time()
 
     # Select: right final answers, binary reward 1(a* = a)

@@ -39,7 +39,7 @@ import torch
 
 from common import (InputError, ScoringArgs, append_chunks, check_longest_prompts, close_engine, distinct, epoch_batches, fit, flag, grouped,
                     learning_rate, load_checkpoint, load_examples, load_policy, load_prm, load_weights, make_optimizer, move_trainer, open_run, pass_at_k, read_jsonl,
-                    reward_pass_at_k, run_stage, sample_rows, save_checkpoint, save_model, search_temperature, seed_of, sft_loss, top_k, vote, write_jsonl)
+                    reward_pass_at_k, run_stage, sample_rows, save_checkpoint, save_model, search_temperature, seed_of, sft_loss, top_k, verdict_if_wrong, vote, write_jsonl)
 
 
 @dataclass
@@ -145,7 +145,7 @@ def generate_samples(policy, prm, prompts: list[dict], t: int, choice: dict, cla
 
     hidden = {e["id"] for e in prompts if e["answer"] is None}
     return append_chunks(folder / "samples.jsonl", sorted(prompts, key=kind), args.samples, args.chunk, produce, f"03 sample {t}",
-                         lean=lambda row: row if row["correct"] or row["id"] in hidden else {key: row[key] for key in ("id", "answer", "correct")})
+                         lean=lambda row: row if row["id"] in hidden else verdict_if_wrong(row))
 
 
 # ---------------------------------------------------------------- select and improve

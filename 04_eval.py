@@ -356,13 +356,15 @@ def draw_prm(report: dict, path: Path) -> None:
 def compare_runs(runs: list[str], path: Path) -> None:
     """The dynamics of several runs in one figure, each drawn from its own metrics.jsonl."""
     figure = Figure(figsize=(10, 6.5), layout="constrained")
-    axes = figure.subplots(2, 2).flat
+    axes, read = figure.subplots(2, 2).flat, []
+    for folder in (Path(run) / "03_self_evolve" for run in runs):
+        flags = json.loads((folder / "run.json").read_text())["flags"]
+        read.append(("/".join(folder.parts[-3:-1]), read_jsonl(folder / "metrics.jsonl"), 1 if flags["method"] == "sft" else flags["passes"] / flags["interval"]))
     for axis, (key, title, scale) in zip(axes, (("greedy_accuracy", "greedy accuracy, %", 100), ("pass_at_k", "Pass@K at the run's temperature, %", 100),
                                                 ("reward_pass_at_2", "Reward-Pass@2, %", 100), ("temperature", "temperature T", 1))):
-        for folder in (Path(run) / "03_self_evolve" for run in runs):
-            metrics, flags = [row for row in read_jsonl(folder / "metrics.jsonl") if key in row], json.loads((folder / "run.json").read_text())["flags"]
-            iterations = 1 if flags["method"] == "sft" else flags["passes"] / flags["interval"]
-            axis.plot([row["iteration"] / iterations for row in metrics], [scale * row[key] for row in metrics], "o-", ms=3, label="/".join(folder.parts[-3:-1]))
+        for label, rows, iterations in read:
+            looked = [row for row in rows if key in row]
+            axis.plot([row["iteration"] / iterations for row in looked], [scale * row[key] for row in looked], "o-", ms=3, label=label)
         axis.set(title=title, xlabel="share of training")
         axis.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -180,9 +180,8 @@ def append_chunks(path, items: list, rows_per_item: int, chunk: int, produce, la
     with open(path, "ab+") as file:
         file.seek(0)
         ends += accumulate(len(line) for line in file if line.endswith(b"\n"))  # the last line may be torn
-    while done < len(whole) and sum(whole[:done + 1]) < len(ends):
-        done += 1
-    with open(path, "ab") as file:
+        while done < len(whole) and sum(whole[:done + 1]) < len(ends):
+            done += 1
         file.truncate(ends[sum(whole[:done])])
         for k in tqdm(range(done, len(whole)), desc=label, initial=done, total=len(whole), disable=done == len(whole)):
             rows = produce(items[k * chunk:(k + 1) * chunk])
@@ -987,7 +986,6 @@ def ask_engine(policy: Policy, engine, examples, seeds, temperature: float, args
     for output, (example, prefix) in zip(outputs, ((e, p) for e, p, row in zip(examples, prefixes, seeds) for _ in row)):
         if (length := len(output.prompt_token_ids) - len(prefix)) > args.max_prompt_tokens:
             raise InputError(f"{example['where']}: the prompt has {length} tokens, more than --max_prompt_tokens {args.max_prompt_tokens}; remove it or raise the flag")
-    for output, prefix in zip(outputs, (p for p, row in zip(prefixes, seeds) for _ in row)):
         sampled = output.outputs[0]
         tokens, ended = list(sampled.token_ids), sampled.finish_reason == "stop"
         chances = [step[token].logprob for step, token in zip(sampled.logprobs, tokens)] if logprobs else None
@@ -1182,6 +1180,11 @@ def checked(response: Response, example: dict) -> dict:
             "answer": canonical(answer, example["choices"], example), "correct": is_correct(answer, example)}
 
 
+def verdict_if_wrong(row: dict) -> dict:
+    """What is kept in memory of a row that nothing trains on: see `append_chunks`."""
+    return row if row["correct"] else {key: row[key] for key in ("id", "answer", "correct")}
+
+
 def sample_rows(policy: Policy, examples: list[dict], n: int, temperature: float, purpose: str, iteration: int, args,
                 prm: Policy | None = None, right_only: bool = False) -> list[dict]:
     """n checked samples per prompt as JSON rows, each seeded by (purpose, iteration, prompt, sample).
@@ -1237,7 +1240,9 @@ def sft_loss(policy: Policy, examples: list[dict], targets: list[list[int]], arg
     batch, width = append_tokens(prompts, tails, policy.pad_id), prompts["input_ids"].shape[1]
     hidden = policy.model.base_model(**batch, use_cache=False).last_hidden_state  # (B, L + W, H)
     chosen = batch["attention_mask"][:, width:].bool()  # (B, W) by position, so an EOS that is also the pad counts
-    def loss_of(states, wanted):  # (n, H), (n,): each position predicts the next
+
+    def loss_of(states, wanted):
+        """Summed cross-entropy of states (n, H), each of which predicts the next token, wanted (n,)."""
         return F.cross_entropy(policy.model.get_output_embeddings()(states).float(), wanted, reduction="sum")
 
     states, wanted = hidden[:, width - 1:-1][chosen], batch["input_ids"][:, width:][chosen]
