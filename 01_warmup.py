@@ -273,6 +273,7 @@ def main(args: Args) -> None:
             args.data = str(split_mathv360k(Path(args.data_root), args.seed))
     out = open_run(args, "01_warmup", {"data": args.data, "model": args.model})
     if (out / "metrics.json").exists():
+        drop_checkpoint(out / "checkpoint")
         return report(out)
     examples, clock = load_examples(args.data), time.time()
     policy = load_policy(args.model, args)  # pi_base
@@ -297,13 +298,13 @@ def main(args: Args) -> None:
     state = fit(policy, optimizer, batches, lambda batch: sft_loss(policy, [by_id[r["id"]] for r in batch], [r["token_ids"] for r in batch], args),
                 args, "01 train", state, lambda s: save_checkpoint(out / "checkpoint", policy, optimizer, s))
     save_model(policy, out / "model")
-    drop_checkpoint(out / "checkpoint")  # the model is whole now
     right = sum(row["correct"] for row in rows)
     write_json(out / "metrics.json", {
         "prompts": len(examples), "samples": len(rows), "right": right / len(rows), "unparsable": sum(r["answer"] is None for r in rows) / len(rows),
         "prompts_with_a_right_sample": len({r["id"] for r in rows if r["correct"]}) / len(examples), "kept": len(kept),
         "steps": state["step"], "tokens": state["tokens"], "mean_loss": state["loss"] / max(state["batch"], 1),
         "seconds": {"sample": round(sampled - clock, 1), "train": round(time.time() - sampled, 1)}})
+    drop_checkpoint(out / "checkpoint")  # the model is whole now
     report(out)
 
 

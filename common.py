@@ -1,7 +1,8 @@
 """What the four stages share: data, prompts, generation, answer checking, PRM scores, selection, training, files.
 
 Paper: "Diving into Self-Evolving Training for Multimodal Reasoning" (M-STaR, arXiv 2412.17451). Symbols stand in
-comments where the code meets them. Every function can be lifted on its own; nothing here keeps state between calls.
+comments where the code meets them. Every function can be lifted on its own; between calls only
+LOCKS (open run folders) and ENGINES (a running vLLM) keep state.
 """
 
 import argparse
@@ -42,7 +43,8 @@ from transformers.cache_utils import DynamicLayer
 
 LETTERS = "ABCDEFGHIJ"
 ANSWER_TYPES = ("integer", "float", "list", "letter")  # letter: the options stand in the question or the image
-NO_UNIT = "or|and|to|not|nor|than|then|but|plus|minus|over|if|because|since|thousand|[mbtr]+illion|hundred|dozen|pi|[eikxyz]"  # words that change a number
+NO_UNIT = ("or|and|to|not|nor|than|then|but|plus|minus|over|if|because|since|of|thousands?|[mbtr]+illions?|[bm]n|hundreds?|dozens?|lakhs?|crores?|"
+           "hal(?:f|ves)|thirds?|quarters?|fourths?|squared|cubed|pi|[ap]m|[abdeiknopqrtuxyz]")  # words that change a number, and letters that are variables
 UNIT = rf"(?:(?:square|cubic|sq\.?|cu\.?)\s+)?(?!(?:{NO_UNIT})(?![a-z]))[a-z]+(?:\s*\^\s*{{?[23]}}?|[²³23])?"
 NUMBER = re.compile(r"(?:[a-z]\s*=\s*)?[€£¥]?\s*([+-]?)\s*(?:(\d{1,40})\s+(?=\d+\s*/))?(\d{1,40}\.?\d{0,40}|\.\d{1,40})(?:\s*/\s*(\d{1,40}))?"
                     rf"(?:\s*(?!e\d)({UNIT}(?:\s*(?:/|per\b)\s*{UNIT})?))?")  # sign, whole part of a mixed fraction, number, denominator, unit
@@ -212,7 +214,8 @@ def open_run(args, stage: str, inputs: dict) -> Path:
     process holds the folder, if it was made with other flags or inputs (unless args.overwrite), or if a number that must be
     positive is not.
     """
-    positive = ("rows", "chunk", "micro_batch", "save_every", "max_prompt_tokens", "max_new_tokens", "batch_size", "steps", "learning_rate", "samples", "resamples")
+    positive = ("rows", "chunk", "micro_batch", "save_every", "max_prompt_tokens", "max_new_tokens", "batch_size", "steps", "learning_rate", "samples", "resamples",
+                "keep", "rollouts", "val_samples", "epochs")
     if low := [name for name in positive if not getattr(args, name, 1) > 0]:
         raise InputError(f"--{low[0]} must be above 0, found {getattr(args, low[0])}")
     out = Path(args.runs) / stage
@@ -232,7 +235,7 @@ def open_run(args, stage: str, inputs: dict) -> Path:
         raise InputError(f"another process is writing {out}; wait for it or choose another --runs") from None
     LOCKS.append(lock)
     harmless = ("overwrite", "runs", "device", "engine_memory", "offload",  # and what sets memory and speed: at most rounding depends on it
-                "rows", "chunk", "micro_batch", "save_every", "gradient_checkpointing", "max_prompt_tokens")
+                "rows", "chunk", "micro_batch", "save_every", "gradient_checkpointing", "max_prompt_tokens", "study", "against")
     now = {"flags": {k: v for k, v in asdict(args).items() if k not in harmless}
                      | {"dtype": str(dtype_of(args)).removeprefix("torch."), "engine": choose_engine(args.engine, args.device)},
            "inputs": {k: str(p) if k in hub else digest(p) for k, p in inputs.items()}}
@@ -307,7 +310,7 @@ def load_examples(path, hidden: bool = False) -> list[dict]:
     and, if the answer is to be read as "integer", "float", "list" or "letter", "answer_type" and "precision" (decimals).
     Raises InputError with file and line on a missing or mistyped field, an unreadable answer, a repeated id, or an image
     that is missing, broken or outside the data folder (a link inside the folder may lead out of it: records make no links).
-    Every image must open; of more than 4,096 only an even sample is verified to its last byte, the others when they are read.
+    Every image must open; of more than 4,096 only an even sample is read to its last byte, the others when they are used.
     hidden=True is for unlabelled prompts: only what a solver may see is kept, "answer" becomes None.
     """
     rows, folder, seen, images = read_jsonl(path), Path(path).resolve().parent, {}, {}
@@ -344,23 +347,42 @@ def load_examples(path, hidden: bool = False) -> list[dict]:
 
 
 def read_image(example: dict, check: str = "") -> Image.Image | None:
-    """The image of an example in RGB, or only a look at the "header" or all "bytes" of its file; raises InputError with the example's file and line."""
+    """The image of an example in RGB, or only a look at the "header" or all "bytes" of its file; raises InputError with the example's file and line.
+
+    What is transparent becomes white, the paper under a drawing; 16-bit grey is scaled to 8 bits.
+    """
     try:
         with Image.open(example["image"]) as image:
-            return image.convert("RGB") if not check else image.verify() if check == "bytes" else None
+            if check == "bytes" and image.format == "PNG":
+                image.verify()  # its checksums, without unpacking it
+            elif check == "bytes":
+                image.draft("L", (1, 1))  # an eighth of a JPEG's size takes all its bytes, and little time
+                image.load()
+            if check:
+                return None
+            if image.mode.startswith("I"):
+                image = image.point(lambda grey: grey / 257).convert("L")
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{example['where']}: image {example['image']} does not exist") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, OSError) as error:
-        raise InputError(f"{example['where']}: image {example['image']} cannot be read ({error})") from None
+        raise InputError(f"{example['where']}: image {example['image']} cannot be read ({error}); put a whole file in its place") from None
 
 
 # ---------------------------------------------------------------- answers
+
+NAMES = r"\b(?:answer|correct\s+(?:option|choice))\**\s*(?:is\s*:?|:)\*{0,2}\s*"
+LEAD = rf"{NAMES}(?:the\s+(?:(?:final|correct)\s+)?{NAMES})*"  # "**Answer:** The correct answer is"
+
 
 def extract_answer(response: str, example: dict | None = None) -> str | None:
     r"""The final answer that a response names, or None: none, or two that differ (fails closed).
 
     Answers are what stands in \boxed{} and what follows "answer is" or "answer:" on its line. With an example, two that
-    `canonical` reads alike are one answer: "(B) 12" and "B".
+    `canonical` reads alike are one answer: "(B) 12" and "B"; and where it has choices or an answer_type, one that cannot be
+    read so ("the answer is the sum of both bars") is no answer, if another follows.
 
     >>> extract_answer("3 + 4 = 7\nAnswer : 7")
     '7'
@@ -369,11 +391,13 @@ def extract_answer(response: str, example: dict | None = None) -> str | None:
     >>> extract_answer("Answer: 7\nAnswer: 8") is None
     True
     """
-    named = re.findall(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", response)
-    lines = re.findall(r"\b(?:answer|correct\s+(?:option|choice))\**\s*(?:is\s*:?|:)\s*([^\n]*)", response, flags=re.IGNORECASE)
-    named += [line for line in lines if "\\boxed" not in line and (normalize(line) or not named)]
-    named = [a.strip().strip("*").rstrip(".").strip() for a in named]
-    forms = {example and canonical(a, example["choices"], example) or normalize(a) for a in named}
+    boxed = [(m.start(), m[1]) for m in re.finditer(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", response)]
+    lines = [(m.start(), m[1]) for m in re.finditer(LEAD + r"([^\n]*)", response, flags=re.IGNORECASE) if "\\boxed" not in m[1]]
+    named = [a for _, a in sorted(boxed + [(at, a) for at, a in lines if normalize(a) or not boxed])]
+    named = [re.sub(r"\*\*([^*]+)\*\*", r"\1", a).strip().strip("*").rstrip(".").strip() for a in named]
+    read = [example and canonical(a, example["choices"], example) for a in named]
+    typed = example and (example["choices"] or example.get("answer_type"))
+    forms = {form or normalize(a) for a, form in zip(named, read) if form or not typed or a is named[-1]}
     return named[-1] if named and named[-1] and len(forms) == 1 else None
 
 
@@ -399,8 +423,8 @@ def normalize(answer: str) -> str:
     ('1250', '2√3', '1 1/2')
     """
     text = re.sub(r"\s*([{}])\s*", r"\1", undress(answer).casefold())
-    text = re.sub(r"\\[dt]?frac(?:\{([^{}]+)\}\{([^{}]+)\}|(\d)(\d))", r" \1\3/\2\4", text)
     text = re.sub(r"\s*\\sqrt\{(\w+)\}", r"√\1", text).replace("\\pi", "π")
+    text = re.sub(r"\\[dt]?frac(?:\{([^{}]+)\}\{([^{}]+)\}|(\d)(\d))", r" \1\3/\2\4", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     return " ".join(text.split())
 
@@ -426,9 +450,10 @@ def choice_index(answer: str, choices: list[str]) -> int | None:
     (1, 1, None)
     """
     letter, rest = lettered(answer)
-    if letter and letter in LETTERS[:len(choices)] and (not rest or rest == normalize(choices[LETTERS.index(letter)])):
+    reads_as = lambda i, text: is_correct(text, {"answer": choices[i], "choices": None})
+    if letter and letter in LETTERS[:len(choices)] and (not rest or reads_as(LETTERS.index(letter), rest)):
         return LETTERS.index(letter)
-    same = [i for i, c in enumerate(choices) if normalize(c) == normalize(answer)]
+    same = [i for i, c in enumerate(choices) if normalize(c) == normalize(answer)] or [i for i in range(len(choices)) if reads_as(i, answer)]
     return same[0] if len(same) == 1 else None
 
 
@@ -654,11 +679,12 @@ def encode_prompts(policy: Policy, examples: list[dict], args) -> dict[str, torc
         batch = policy.processor.apply_chat_template(talks, tokenize=True, add_generation_prompt=True, return_dict=True,
                                                      processor_kwargs=dict(padding=True, padding_side="left", return_tensors="pt"))
     except ValueError as error:  # such as an image 200 times wider than high
-        raise InputError(f"{', '.join(e['where'] for e in examples[:8])}: the processor refuses one of these prompts ({error}); remove its record") from None
+        raise InputError(f"{', '.join(e['where'] for e in examples[:8])}: the processor refuses one of these prompts ({error}); "
+                         "put another image file in its place, or remove its record and start anew") from None
     for example, length in zip(examples, batch["attention_mask"].sum(1).tolist()):
         if length > args.max_prompt_tokens:
             raise InputError(f"{example['where']}: the prompt has {length} tokens, more than --max_prompt_tokens {args.max_prompt_tokens}; "
-                             "shorten it, remove it or raise the flag")
+                             "raise the flag, or remove the record and start anew")
     return {k: v.to(policy.model.device) for k, v in batch.items()}
 
 
@@ -982,10 +1008,11 @@ def ask_engine(policy: Policy, engine, examples, seeds, temperature: float, args
     try:
         outputs, responses = engine.generate(prompts, settings, use_tqdm=False), []
     except ValueError as error:
-        raise InputError(f"vLLM refuses a prompt ({str(error).splitlines()[0]}); remove its record or raise --max_prompt_tokens") from None
+        raise InputError(f"vLLM refuses a prompt ({str(error).splitlines()[0]}); raise --max_prompt_tokens, or remove its record and start anew") from None
     for output, (example, prefix) in zip(outputs, ((e, p) for e, p, row in zip(examples, prefixes, seeds) for _ in row)):
         if (length := len(output.prompt_token_ids) - len(prefix)) > args.max_prompt_tokens:
-            raise InputError(f"{example['where']}: the prompt has {length} tokens, more than --max_prompt_tokens {args.max_prompt_tokens}; remove it or raise the flag")
+            raise InputError(f"{example['where']}: the prompt has {length} tokens, more than --max_prompt_tokens {args.max_prompt_tokens}; "
+                             "raise the flag, or remove the record and start anew")
         sampled = output.outputs[0]
         tokens, ended = list(sampled.token_ids), sampled.finish_reason == "stop"
         chances = [step[token].logprob for step, token in zip(sampled.logprobs, tokens)] if logprobs else None

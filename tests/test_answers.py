@@ -30,6 +30,13 @@ TABLE = [  # response, gold answer, choices, right?
     ("Answer: 50%", "50", None, True), ("Answer: 45°", "45", None, True), ("Answer: 45^\\circ", "45", None, True), ("Answer: 45^{\\circ}", "45", None, True),
     ("Answer: 7 cm", "7", None, True), ("Answer: $1,250.00", "1250", None, True), ("Answer: 3/4", "0.75", None, True), ("Answer: 3/0", "3", None, False),
     ("Answer: 6.999999", "7", None, False), ("Answer: 1e3", "1", None, False), ("Answer: 7 + 1", "8", None, False), ("Answer: nan", "7", None, False),
+    ("Answer: 7 millions", "7", None, False), ("Answer: 7 bn", "7", None, False), ("Answer: 7 squared", "7", None, False), ("Answer: 3 quarters", "3", None, False),
+    ("Answer: 7 halves", "7", None, False), ("Answer: 7 of", "7", None, False), ("Answer: 2a", "2", None, False), ("Answer: 2", "2a", None, False), ("Answer: 2n", "2", None, False),
+    ("Answer: 5 am", "5 pm", None, False), ("Answer: 7 g", "7", None, True), ("Answer: 7 times", "7", None, True), ("Answer: 7 people", "7", None, True),
+    # Markdown and lead-ins
+    ("**Answer:**\n7", "7", None, True), ("**Answer:**\n\nB", "B", AB, True), ("**Final Answer:** 7", "7", None, True), ("Answer: The answer is 7.", "7", None, True),
+    ("**Answer:** The correct answer is B.", "B", AB, True), ("**Answer:**\nB\nThe answer is B.", "B", AB, True), ("Answer: 7, for the answer is 8", "8", None, False),
+    ("Answer: **B**. 12", "B", AB, True), ("Answer: **B**: 12", "B", AB, True), ("**Answer: 7.**", "7", None, True), ("**Answer:** **7**", "7", None, True), ("**Answer:**", "7", None, False),
     # words
     ("Answer: Paris", "paris", None, True), ("Answer:  New   York ", "new york", None, True), ("Answer: \\text{yes}", "Yes", None, True),
     ("Answer: no", "yes", None, False), ("Answer: not yes", "yes", None, False), ("The answer is yes, because it is", "yes", None, False),
@@ -37,6 +44,8 @@ TABLE = [  # response, gold answer, choices, right?
     ("Answer : B", "B", AB, True), ("Answer : b", "B", AB, True), ("Answer: (B)", "B", AB, True), ("Answer: B.", "B", AB, True), ("Answer: B)", "B", AB, True),
     ("Answer: (B) 12", "B", AB, True), ("Answer: B: 12", "B", AB, True), ("Answer: 12", "B", AB, True), ("Answer: B", "12", AB, True), ("Answer: 12.", "12", AB, True),
     ("Answer: A", "B", AB, False), ("Answer: 9", "B", AB, False), ("Answer: (B) 9", "B", AB, False), ("Answer: A or B", "B", AB, False),
+    ("Answer: B. 12.0", "B", AB, True), ("Answer: (B) 12 degrees", "B", AB, True), ("Answer: (B) 12.5", "B", AB, False), ("Answer: 12.0", "B", AB, True), ("Answer: 12 apples", "B", AB, True),
+    ("Answer: (B) 5 m", "B", ["5 m", "5 cm"], False), ("Answer: 5", "B", ["5 m", "5 cm"], False), ("Answer: 0.5", "A", ["1/2", "0.50"], False),
     ("Answer: A, B", "B", AB, False), ("Answer: C", "B", AB, False), ("Answer: AB", "B", AB, False), ("Answer: both", "B", AB, False), ("Answer: 1", "B", AB, False),
     ("Answer: (D)", "D", NUMBERS, True), ("Answer: 18", "D", NUMBERS, True), ("Answer: E", "D", NUMBERS, False), ("Answer: 11 or 18", "D", NUMBERS, False),
     ("Answer: C", "(c) bird", WORDS, True), ("Answer: (c) bird", "C", WORDS, True), ("Answer: Dog", "B", WORDS, True), ("Answer: dogs", "B", WORDS, False),
@@ -88,6 +97,7 @@ DATASETS = {
                                              "Answer: 60x": False, "Answer: 60 million": False, "Answer: 60k": False, "Answer: 60 and": False, "Answer: 60%": True, "Answer: 60\\%": True}),
         ({"choices": SURDS, "answer": "A"}, {"Answer: (A)": True, "Answer: 2\\sqrt{3}": True, "Answer: 2 \\sqrt { 3 }": True, "Answer: $2\\sqrt{3}$": True, "Answer: (A) 2\\sqrt{3}": True,
                                              "Answer: (A) \\sqrt{6}": False, "\\boxed{\\text{A}}": True, "\\boxed{2\\sqrt{3}}": True, "Answer: (B)": False, "Answer: \\sqrt{3}": False}),
+        ({"choices": ["\\frac { \\sqrt { 3 } } { 2 }", "\\frac{1}{2}"], "answer": "A"}, {"Answer: √3/2": True, "Answer: \\frac{\\sqrt{3}}{2}": True, "Answer: \\frac{√3}{2}": True, "Answer: √3": False, "Answer: 0.5": False}),
         ({"choices": ANGLES, "answer": "C"}, {"Answer: 60": True, "Answer: 60^\\circ": True, "Answer: 60^{\\circ}": True, "Answer: 60 \\degree": True, "Answer: C. 60°": True, "Answer: 30": False,
                                               "Answer: 60 or 90": False, "Answer: C or D": False, "So it is \\boxed{C}.": True, "\\boxed{C} or \\boxed{D}": False, "Answer: E": False}),
         ({**LETTER, "answer": "C"}, {"Answer: (c)": True, "Answer: C.": True, "Answer: the third": False, "": False})],
@@ -145,8 +155,20 @@ def test_an_answer_that_its_type_cannot_read_counts_as_unparsable(response, exam
     assert common.canonical(common.extract_answer(response, example), example["choices"], example) is None
 
 
+PROSE = [  # with choices or an answer_type, a lead-in that names nothing readable is prose, if a readable answer follows
+    ("So the answer is 3 + 4 = 7.\nAnswer: 7", {**INTEGER, "answer": "7"}, True), ("The answer is the sum of the two bars.\nAnswer: 7", {**INTEGER, "answer": "7"}, True),
+    ("The answer is in row 3, so \\boxed{7}", {**INTEGER, "answer": "7"}, True), ("The answer is in row 3.\nSo it is \\boxed{7}.", {**INTEGER, "answer": "7"}, True),
+    ("The answer is what is largest.\nAnswer: B", {"choices": AB, "answer": "B"}, True), ("Answer: 7\nSo the answer is the sum.", {**INTEGER, "answer": "7"}, False),
+    ("The answer is 8.\nThe answer is the sum.\nAnswer: 7", {**INTEGER, "answer": "7"}, False), ("The answer is the sum.\nAnswer: 7", {"choices": None, "answer": "7"}, False)]
+
+
+@pytest.mark.parametrize("response, example, right", PROSE)
+def test_prose_about_the_answer_does_not_hide_the_answer(response, example, right):
+    assert common.is_correct(common.extract_answer(response, example), example) is right
+
+
 @pytest.mark.parametrize("text", ["Answer: 7" + " " * 4000 + "x", "\\boxed{" * 4000, "\\boxed" + "{a" * 4000, "Answer: " + "{" * 4000 + "}" * 4000, "Answer: " + "7 " * 4000, "Answer: 7" + "." * 4000 + "x",
-                                  "Answer: 7 " + "per " * 4000, "Answer: [" + "1, " * 4000, "Answer: B: " + "a cat " * 4000, "correct" + " " * 4000, "answer is " * 4000])
+                                  "Answer: 7 " + "per " * 4000, "Answer: [" + "1, " * 4000, "Answer: B: " + "a cat " * 4000, "correct" + " " * 4000, "answer is " * 4000, "the correct " * 4000, "the" + " " * 4000 + "answer" + "*" * 4000])
 @pytest.mark.parametrize("example", [{"answer": "9", "choices": None}, {"answer": "B", "choices": AB}, {**LIST, "answer": "[9]"}, {**LETTER, "answer": "B"}])
 def test_a_response_that_never_comes_to_an_end_is_wrong_and_costs_little_time(text, example):
     start = time.process_time()

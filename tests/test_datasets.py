@@ -8,6 +8,7 @@ import random
 import shutil
 import zipfile
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -256,6 +257,37 @@ def test_of_many_images_all_must_open_a_sample_is_verified_and_the_rest_when_rea
         common.load_examples(path)
 
 
+@pytest.mark.parametrize("check", ["bytes", ""])
+def test_a_jpeg_that_was_cut_is_refused_by_the_first_look_and_by_use(tmp_path, check):
+    Image.effect_noise((200, 200), 50).convert("RGB").save(tmp_path / "a.jpg")
+    example = {"image": str(tmp_path / "a.jpg"), "where": "d.jsonl line 1"}
+    common.read_image(example, check)
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-2000])
+    with pytest.raises(common.InputError, match="d.jsonl line 1: image .*a.jpg cannot be read .* put a whole file in its place"):
+        common.read_image(example, check)
+
+
+def test_what_is_transparent_becomes_white_and_16_bit_grey_keeps_its_shades(tmp_path):
+    def pixels(image):
+        image.save(tmp_path / "a.png")
+        read = common.read_image({"image": str(tmp_path / "a.png"), "where": "line 1"})
+        assert read.mode == "RGB"
+        return [read.getpixel((x, 0)) for x in range(read.width)]
+
+    drawing = Image.new("RGBA", (3, 1), (0, 0, 0, 0))  # nothing, a black stroke, half of a red one
+    drawing.putpixel((1, 0), (0, 0, 0, 255))
+    drawing.putpixel((2, 0), (255, 0, 0, 128))
+    assert pixels(drawing) == [(255, 255, 255), (0, 0, 0), (255, 127, 127)]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    palette.info["transparency"] = 0
+    assert pixels(palette) == [(255, 255, 255), (40, 50, 60)]
+    deep = Image.fromarray(np.array([[0, 40092, 65535]], dtype=np.uint16))  # 40092 = 156 x 257
+    assert pixels(deep) == [(0, 0, 0), (156, 156, 156), (255, 255, 255)]
+    assert pixels(Image.new("RGB", (1, 1), (1, 2, 3))) == [(1, 2, 3)] and pixels(Image.new("L", (1, 1), 9)) == [(9, 9, 9)]
+
+
 def test_a_link_in_the_data_folder_may_lead_out_of_it_a_record_may_not(tmp_path):
     lines(tmp_path / "store", 2)
     (tmp_path / "data").mkdir()
@@ -487,6 +519,7 @@ def test_evaluation_on_benchmarks_writes_every_verdict_and_every_table(datasets,
     for name in ("01_warmup", "02_train_prm", "03_self_evolve"):
         shutil.copytree(tiny, runs / name / "model")
     common.write_json(runs / "02_train_prm/model/prm.json", {"marks": [3, 4]})
+    common.write_json(runs / "03_self_evolve/run.json", {"flags": {"aggregate": "min", "samples": 2}})
     common.write_jsonl(runs / "03_self_evolve/metrics.jsonl", [{"iteration": 0, "pass_at_k": 1, "reward_pass_at_2": 1, "greedy_accuracy": 1, "temperature": 1.0}])
     tsv(tmp_path / "data/mmbench_r", MMBENCH)
     parquet(tmp_path / "data/mathvista/testmini.parquet", VISTA, "decoded_image")
