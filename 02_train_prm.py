@@ -125,20 +125,23 @@ def prm_loss(prm, examples: list[dict], targets: list[list[int]], steps: list[li
     return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum"), len(wanted)
 
 
+def auc(positive: list, scores: list[float]) -> float | None:
+    """ROC AUC; None if all are positive or none is."""
+    return roc_auc_score(positive, scores) if len(set(positive)) == 2 else None
+
+
 def step_report(rows: list[dict]) -> dict:
     """How the PRM does on held-out step labels; rows: {"soft", "hard", "score"}.
 
     step_auc: chance that a step from which most completions are right outscores one from which most are wrong.
+    An AUC of steps that are all good or all bad is None.
     calibration: mean label in each tenth of the score range; their weighted distance is calibration_error.
     """
     good, score = [row["soft"] >= 0.5 for row in rows], [row["score"] for row in rows]
-    if len(set(good)) < 2:
-        raise InputError("the held-out steps are all good or all bad; raise --prompts or --held_out")
     bins = [[r for r in rows if min(int(r["score"] * 10), 9) == b] for b in range(10)]
     table = [{"score": round(sum(r["score"] for r in b) / len(b), 3), "soft": round(sum(r["soft"] for r in b) / len(b), 3), "steps": len(b)} for b in bins if b]
-    return {"steps": len(rows), "share_good": sum(good) / len(good), "step_auc": roc_auc_score(good, score),
-            "step_auc_hard": roc_auc_score([r["hard"] > 0 for r in rows], score) if len({r["hard"] for r in rows}) == 2 else None,
-            "calibration_error": sum(abs(b["score"] - b["soft"]) * b["steps"] for b in table) / len(rows), "calibration": table}
+    return {"steps": len(rows), "share_good": sum(good) / max(len(rows), 1), "step_auc": auc(good, score), "step_auc_hard": auc([r["hard"] > 0 for r in rows], score),
+            "calibration_error": sum(abs(b["score"] - b["soft"]) * b["steps"] for b in table) / max(len(rows), 1), "calibration": table}
 
 
 def chain_report(rows: list[dict], by_id: dict, checker) -> dict:
@@ -170,7 +173,11 @@ def main(args: Args) -> None:
     checker, policy = load_checker(args.chain_checker), load_policy(start_from, args)  # pi_warmup
     marks = mark_ids(policy.tokenizer, args.good, args.bad)
     check_longest_prompts(policy, examples + val, args)
-    by_id = {e["id"]: e for e in examples + val}
+    by_id, held = {e["id"]: e for e in examples + val}, {e["id"] for e in examples[:int(len(examples) * args.held_out)]}
+    if len(by_id) < len(examples) + len(val):
+        raise InputError(f"{args.data} and {args.val} share ids; rename them")
+    if not 0 < len(held) < len(examples):
+        raise InputError(f"--held_out {args.held_out} of {len(examples)} prompts holds {len(held)} out; some must be held out and some trained on")
 
     # Sample responses, cut them into steps, complete every step prefix
     rows = append_chunks(out / "samples.jsonl", examples, args.samples, args.chunk,
@@ -182,7 +189,6 @@ def main(args: Args) -> None:
     rollouts = append_chunks(out / "rollouts.jsonl", prefixes, args.rollouts, args.chunk,
                              lambda chunk: rollout_rows(policy, chunk, by_id, args), "02 rollouts")
     steps = label_steps(responses, prefixes, rollouts, args.rollouts, policy.tokenizer)
-    held = {e["id"] for e in examples[:int(len(examples) * args.held_out)]}
     write_jsonl(out / "steps.jsonl", [{**s, "held_out": s["id"] in held} for s in steps])
     sampled = time.time()
 
@@ -217,7 +223,7 @@ def main(args: Args) -> None:
         "prompts": len(examples), "mixed_prompts": len({r["id"] for r in responses}), "responses": len(responses), "prefixes": len(prefixes),
         "rollouts": len(rollouts), "step_labels": len(steps), "mean_soft": sum(s["soft"] for s in steps) / len(steps),
         "mean_hard": sum(s["hard"] for s in steps) / len(steps), "steps": state["step"], "mean_loss": state["loss"] / max(state["batch"], 1),
-        "held_out": step_report(measured), "response_auc": roc_auc_score(correct, reward), "chains": chain_report(val_rows, by_id, checker),
+        "held_out": step_report(measured), "response_auc": auc(correct, reward), "chains": chain_report(val_rows, by_id, checker),
         "seconds": {"sample": round(sampled - clock, 1), "train": round(trained - sampled, 1), "report": round(time.time() - trained, 1)}})
     drop_checkpoint(out / "checkpoint")  # the model is whole and judged now
     report(out)

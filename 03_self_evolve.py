@@ -23,7 +23,7 @@ Departures from the paper:
 2. K = 8 here, 16 there; the search uses the first --search_prompts validation prompts.
 
     python 03_self_evolve.py
-    python 03_self_evolve.py --method iterative_rft --interval 1 --select all --temperature 1.0 --runs runs/rft
+    python 03_self_evolve.py --method iterative_rft --interval 1 --select all --temperature 1.0 --runs runs/rft --policy runs/toy/01_warmup/model --prm runs/toy/02_train_prm/model
 """
 
 import importlib
@@ -96,7 +96,8 @@ def prompts_between(examples: list[dict], start: int, stop: int, *key) -> list[d
 def choose_prompts(examples: list[dict], unlabeled: list[dict], t: int, iterations: int, args: Args) -> list[dict]:
     """D_t; after the share T_mixin of the iterations every second prompt is an unlabelled one (paper, section 3.4).
 
-    A pass over the examples is a whole number of iterations, so no iteration holds a prompt twice.
+    A pass over the examples is a whole number of iterations, so no iteration holds one of them twice; a pass over the
+    unlabelled ones may end within an iteration.
     """
     consumed = lambda t: len(examples) * t // round(1 / args.interval)  # by the end of iteration t
     prompts, before = prompts_between(examples, consumed(t - 1), consumed(t), args.seed, "prompts"), round(args.mixin * iterations)
@@ -188,7 +189,7 @@ def refresh_prm(policy, out: Path, folder: Path, state: dict, first_prm: Path, a
     stage, run = importlib.import_module("02_train_prm"), first_prm.parent / "run.json"
     here = {f.name: getattr(args, f.name) for f in fields(ScoringArgs)} | {"data": args.data, "val": args.val}
     flags = here | (json.loads(run.read_text())["flags"] if run.exists() else {})
-    flags |= {"runs": str(folder), "policy": str(out / "checkpoint" / f"step_{state['step']:06d}" / "policy"), "seed": args.seed, "engine": args.engine, "overwrite": False}
+    flags |= {"runs": str(folder), "policy": str(out / "checkpoint" / f"step_{state['step']:06d}" / "policy"), "seed": seed_of(args.seed, "refresh", state["iteration"]), "engine": args.engine, "overwrite": False}
     close_engine()  # it holds this stage's policy
     move_trainer(policy, "cpu")
     stage.main(stage.Args(**flags))

@@ -21,7 +21,7 @@ a question several times with its choices rotated: it counts if all copies are r
     python 04_eval.py
     python 04_eval.py --runs runs/a runs/b runs/c
     python 04_eval.py --study tests/study_rows.jsonl
-    python 04_eval.py --runs runs/qwen --test data/mathv360k/test.jsonl --benchmarks mathvista m3cot mmstar_r mmbench_r ai2d
+    (benchmarks on a real model: the README's GPU section has the whole command)
 """
 
 import base64
@@ -47,9 +47,14 @@ FIGURES = {"greedy": "greedy accuracy", "sample": "mean sample accuracy", "pass_
 
 
 AGAINST = [  # the comparisons behind the paper's findings, and those past it
-    "M-STaR/Iterative RFT 100 %", "M-STaR/ReST-EM 100 %", "continuous 100 %/Iterative RFT 100 %", "continuous 100 %/ReST-EM 100 %", "continuous 25 %/continuous 100 %",
-    "Top-2/Random-2", "Top-2/continuous 25 %", "oracle + PRM/Top-2", "vote, mix-in 0 %/Top-2", "vote, mix-in 75 %/Top-2", "vote, mix-in 75 %/vote, mix-in 0 %",
-    "M-STaR/Top-2", "M-STaR/Top-2, T = 0.5", "M-STaR/adaptive T on Pass@K", "M-STaR, PRM refreshed/M-STaR, K = 13", "M-STaR, T per difficulty/M-STaR"]
+    "M-STaR/Iterative RFT 100 %", "M-STaR/ReST-EM 100 %", "continuous 100 %/Iterative RFT 100 %", "continuous 100 %/ReST-EM 100 %",
+    "continuous 25 %/continuous 100 %", "continuous 25 %/continuous 50 %", "continuous 25 %/continuous 12.5 %", "continuous 25 %/continuous 6.25 %",
+    "Top-2/Random-2", "Top-2/continuous 25 %", "Top-2/PRM > alpha", "Top-2/Top-1", "Top-2/Top-4",
+    "oracle without PRM/continuous 25 %", "oracle + PRM/Top-2", "oracle + PRM, mix-in 75 %/oracle + PRM",
+    "vote, mix-in 0 %/Top-2", "vote, mix-in 25 %/Top-2", "vote, mix-in 50 %/Top-2", "vote, mix-in 75 %/Top-2", "vote, mix-in 75 %/vote, mix-in 0 %",
+    "vote, mix-in 0 %/majority vote without PRM, mix-in 0 %",
+    "M-STaR/Top-2", "M-STaR/Top-2, T = 0.5", "M-STaR/Top-2, T = 0.7", "M-STaR/Top-2, T = 1.2", "M-STaR/adaptive T on Pass@K",
+    "M-STaR, PRM refreshed/M-STaR, K = 13", "M-STaR, T per difficulty/M-STaR"]
 
 
 @dataclass
@@ -237,6 +242,15 @@ def interval(values: np.ndarray, resamples: int, seed: int = 0) -> dict:
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
 
 
+def show(r: dict, sign: str = "", scale: float = 100) -> str:
+    """An interval as text, in percent unless scaled otherwise.
+
+    >>> show({"mean": 0.5, "low": 0.25, "high": 0.75}), show({"mean": 2.0, "low": -1.0, "high": 5.0}, "+", scale=1)
+    ('50.0 [25.0, 75.0]', '+2.0 [-1.0, +5.0]')
+    """
+    return f"{scale * r['mean']:{sign}.1f} [{scale * r['low']:{sign}.1f}, {scale * r['high']:{sign}.1f}]"
+
+
 def verifier(prompts: list[list[dict]], args: Args) -> dict:
     """The PRM as a verifier: {n: {majority, best_of_n, weighted: interval}} of the first n = 1, 2, 4, ..., K samples (paper, figure 2)."""
     sizes = sorted({2 ** i for i in range(args.samples.bit_length()) if 2 ** i <= args.samples} | {args.samples})
@@ -290,21 +304,20 @@ def markdown(report: dict, args: Args) -> str:
     for split, policies in report.items():
         lines += [f"## {split} ({next(iter(policies.values()))['greedy']['n']} prompts)\n", "| | " + " | ".join(policies) + " |", "|---|" + "---|" * len(policies)]
         for figure, title in FIGURES.items():
-            cells = [f"{100 * p[figure]['mean']:.1f} [{100 * p[figure]['low']:.1f}, {100 * p[figure]['high']:.1f}]" for p in policies.values()]
+            cells = [show(p[figure]) for p in policies.values()]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
         gains = [p.get("greedy_gain") for p in policies.values()]
-        cells = [f"{100 * g['mean']:+.1f} [{100 * g['low']:+.1f}, {100 * g['high']:+.1f}] over {g['over']}" if g else "" for g in gains]
+        cells = [f"{show(g, '+')} over {g['over']}" if g else "" for g in gains]
         lines += ["| greedy gain, paired | " + " | ".join(cells) + " |", ""]
     return "\n".join(lines)
 
 
 def prm_markdown(report: dict) -> str:
     """The PRM as verifier and as reranker, as two tables."""
-    show = lambda r, scale=100: f"{scale * r['mean']:.1f} [{scale * r['low']:.1f}, {scale * r['high']:.1f}]"
     lines = ["## PRM on samples of the warm-up policy, test\n", "| n | majority vote | PRM-weighted vote | PRM best-of-n |", "|---|---|---|---|"]
     lines += [f"| {n} | {show(row['majority'])} | {show(row['weighted'])} | {show(row['best_of_n'])} |" for n, row in report["verifier"].items()]
     lines += ["", "| right responses | steps | right chains, % | prompts |", "|---|---|---|---|"]
-    lines += [f"| {name} | {show(row['steps'], 1)} | {show(row['right_chain']) if 'right_chain' in row else '-'} | {row['steps']['n']} |"
+    lines += [f"| {name} | {show(row['steps'], scale=1)} | {show(row['right_chain']) if 'right_chain' in row else '-'} | {row['steps']['n']} |"
               for name, row in report["reranker"].items() if "steps" in row]
     return "\n".join([*lines, ""])
 
@@ -353,12 +366,19 @@ def draw_prm(report: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def flags_of(folder: Path) -> dict:
+    """The flags of a run of stage 03; raises InputError where there is none."""
+    if not (folder / "run.json").exists():
+        raise InputError(f"{folder} holds no run; run 03_self_evolve.py first")
+    return json.loads((folder / "run.json").read_text())["flags"]
+
+
 def compare_runs(runs: list[str], path: Path) -> None:
     """The dynamics of several runs in one figure, each drawn from its own metrics.jsonl."""
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes, read = figure.subplots(2, 2).flat, []
     for folder in (Path(run) / "03_self_evolve" for run in runs):
-        flags = json.loads((folder / "run.json").read_text())["flags"]
+        flags = flags_of(folder)
         read.append(("/".join(folder.parts[-3:-1]), read_jsonl(folder / "metrics.jsonl"), 1 if flags["method"] == "sft" else flags["passes"] / flags["interval"]))
     for axis, (key, title, scale) in zip(axes, (("greedy_accuracy", "greedy accuracy, %", 100), ("pass_at_k", "Pass@K at the run's temperature, %", 100),
                                                 ("reward_pass_at_2", "Reward-Pass@2, %", 100), ("temperature", "temperature T", 1))):
@@ -377,16 +397,20 @@ def dynamics_table(runs: list[str], args: Args) -> str:
     table: dict = {}
     for folder in (Path(run) / "03_self_evolve" for run in runs):
         looks = [row["iteration"] for row in read_jsonl(folder / "metrics.jsonl") if "pass_at_k" in row]
+        if len(looks) < 2:
+            raise InputError(f"{folder} looked at the dynamics once only (--validate_every); leave it out")
         for when, t in (("first look", looks[0]), ("last look", looks[-1])):
             greedy, samples = (grouped(read_jsonl(folder / f"iter_{t:02d}" / name)) for name in ("val_greedy.jsonl", "val_samples.jsonl"))
-            figures = [prompt_figures(greedy[prompt][0], rows) for prompt, rows in samples.items()]
+            if table and list(samples) != prompts:
+                raise InputError(f"{folder} looked at other prompts than {runs[0]}; compare runs with the same --val")
+            prompts, figures = list(samples), [prompt_figures(greedy[prompt][0], rows) for prompt, rows in samples.items()]
             for name in ("greedy", "pass_at_k", "reward_pass_at_2"):
                 table.setdefault(name, {}).setdefault(when, []).append([float(row[name]) for row in figures])
     lines = [f"| {len(runs)} runs, validation | first look | last look | difference |", "|---|---|---|---|"]
     for name, looks in table.items():
         first, last = (np.array(looks[when]) for when in ("first look", "last look"))  # (runs, prompts)
         change = crossed_interval(last - first, args.resamples)
-        lines.append(f"| {FIGURES[name]} | {100 * first.mean():.1f} | {100 * last.mean():.1f} | {100 * change['mean']:+.1f} [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}] |")
+        lines.append(f"| {FIGURES[name]} | {100 * first.mean():.1f} | {100 * last.mean():.1f} | {show(change, '+')} |")
     return "\n".join(lines)
 
 
@@ -419,7 +443,6 @@ def study_table(rows: list[dict], args: Args) -> str:
     if mixed := [name for name in names if len({row["flags"] for row in of[name].values()}) > 1]:
         raise InputError(f"{args.study}: the seeds of {mixed[0]!r} were made with different flags")
     stack = lambda name, seeds, split: np.array([[int(v) for v in of[name][s]["verdicts"][split]] for s in seeds], float)  # (seeds, prompts)
-    show = lambda r, sign="": f"{100 * r['mean']:{sign}.1f} [{100 * r['low']:{sign}.1f}, {100 * r['high']:{sign}.1f}]"
     share = lambda r: show({"mean": r["mean"], "low": max(r["low"], 0.0), "high": min(r["high"], 1.0)})
     spent = lambda name, key: round(sum(row[key] for row in of[name].values()) / len(of[name]))
     lines = ["| | test (ID) | ood | seeds | paper ID / OOD | samples + extra | steps | flags of 03_self_evolve.py |", "|---|---|---|---|---|---|---|---|"]
@@ -501,7 +524,7 @@ def benchmark_tables(report: dict) -> str:
                   line("", policies), "|---|" + "---|" * len(policies)]
         rows = {"all copies right": "score", "plain: base copy right": "plain"} if asked != found else {"accuracy": "score"}
         for label, key in {**rows, "unparsable share": "unparsable"}.items():
-            lines.append(line(label, [f"{100 * p[key]['mean']:.1f} [{100 * p[key]['low']:.1f}, {100 * p[key]['high']:.1f}]" for p in of.values()]))
+            lines.append(line(label, [show(p[key]) for p in of.values()]))
         lines += [line(f"{category} ({row['n']})", [p["categories"][category]["mean"] for p in of.values()]) for category, row in first.get("categories", {}).items()]
         if "macro" in first:
             lines += [line("macro: mean of categories", [p["macro"] for p in of.values()]), line("micro: mean of questions", [p["micro"] for p in of.values()])]
@@ -530,9 +553,9 @@ def main(args: Args) -> None:
     if unknown := set(args.benchmarks) - set(BENCHMARKS):
         raise InputError(f"--benchmarks knows {', '.join(BENCHMARKS)}, not {', '.join(sorted(unknown))}")
     benchmarks = {name: make_benchmark(name, Path(args.data_root) / name) for name in args.benchmarks}
-    trained = metrics.with_name("run.json")
-    if trained.exists() and (then := json.loads(trained.read_text())["flags"]["aggregate"]) != args.aggregate:
-        raise InputError(f"stage 03 selected with --aggregate {then}, so its policy is judged with that: give the same flag here")
+    trained = flags_of(metrics.parent) if paths["M-STaR"].exists() else {}  # where it is missing, open_run says what to run first
+    if trained and trained["aggregate"] != args.aggregate:
+        raise InputError(f"stage 03 selected with --aggregate {trained['aggregate']}, so its policy is judged with that: give the same flag here")
     out = open_run(args, "04_eval", {"test": args.test, "ood": args.ood, **{"model" if name == "base" else name: path for name, path in paths.items()}, "prm": reward_model, **benchmarks})
     if (out / "report.json").exists():
         return print((out / "report.md").read_text())
@@ -560,7 +583,7 @@ def main(args: Args) -> None:
     text += settings(args)
     write_atomic(out / "report.md", text)
     searches = metrics.with_name("temperature.jsonl")
-    draw_dynamics(read_jsonl(metrics), read_jsonl(searches) if searches.exists() else [], out / "dynamics.png", args.samples)
+    draw_dynamics(read_jsonl(metrics), read_jsonl(searches) if searches.exists() else [], out / "dynamics.png", trained["samples"])
     draw_prm(prm_report, out / "prm.png")
     write_json(out / "report.json", report | {"prm": prm_report})
     print(text)

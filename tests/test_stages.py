@@ -240,3 +240,22 @@ def test_no_right_sample_in_an_iteration_stops_evolving_with_a_sentence(tiny, wo
     common.write_json(cwd / "runs/toy/02_train_prm/model/prm.json", {"marks": [3, 4]})
     with pytest.raises(common.InputError, match="iteration 1: of 16 samples 0 are right"):
         in_process("03_self_evolve", cwd, monkeypatch, samples=1, interval=0.5, max_new_tokens=8)
+
+
+def test_prompts_for_the_prm_and_for_its_validation_that_share_ids_are_refused(finished, tmp_path, monkeypatch):
+    cwd = finished[0]
+    with pytest.raises(common.InputError, match="share ids; rename them"):  # else the image and the answer of one would stand for the other
+        in_process("02_train_prm", cwd, monkeypatch, runs=str(tmp_path), val="data/toy/train.jsonl", policy="runs/toy/01_warmup/model")
+    with pytest.raises(common.InputError, match="holds 0 out"):
+        in_process("02_train_prm", cwd, monkeypatch, runs=str(tmp_path / "b"), held_out=0.0, policy="runs/toy/01_warmup/model")
+
+
+def test_a_report_on_steps_that_are_all_good_or_on_none_has_no_auc_and_is_valid_json():
+    report = stage("02_train_prm").step_report
+    assert report([{"soft": 1.0, "hard": 1.0, "score": 0.75}])["step_auc"] is None
+    assert json.loads(json.dumps(report([]), allow_nan=False)) == {"steps": 0, "share_good": 0.0, "step_auc": None, "step_auc_hard": None, "calibration_error": 0.0, "calibration": []}
+
+
+def test_a_finished_evaluation_is_not_refused_because_the_list_of_the_studys_comparisons_grew(finished, monkeypatch, capsys):
+    in_process("04_eval", finished[0], monkeypatch, samples=3, resamples=50, against=["A/B"])
+    assert "| greedy accuracy" in capsys.readouterr().out

@@ -197,6 +197,17 @@ def test_several_runs_are_drawn_together_and_what_training_changed_is_counted_by
     assert greedy.startswith("| greedy accuracy | 0.0 | 75.0 | +75.0 [")  # first 0 of 4, last 3 of 4
     assert passed.startswith("| Pass@K | 50.0 | 75.0 | +25.0 [") and rewarded.startswith("| Reward-Pass@2 | 50.0 | 75.0 | +25.0 [")  # of K = 2 the top two are all
 
+    other = tmp_path / "c" / "03_self_evolve"
+    first = look(other, {"p": (0, 0, 0), "r": (0, 0, 0)}, iteration=0)
+    common.write_jsonl(other / "metrics.jsonl", [first])
+    with pytest.raises(common.InputError, match="c/03_self_evolve holds no run"):
+        evaluate.compare_runs([*runs, str(tmp_path / "c")], tmp_path / "compare.png")
+    with pytest.raises(common.InputError, match="once only"):
+        evaluate.dynamics_table([*runs, str(tmp_path / "c")], evaluate.Args(resamples=50))
+    common.write_jsonl(other / "metrics.jsonl", [first, look(other, {"p": (0, 0, 0), "r": (0, 0, 0)}, iteration=1)])
+    with pytest.raises(common.InputError, match="other prompts than"):
+        evaluate.dynamics_table([*runs, str(tmp_path / "c")], evaluate.Args(resamples=50))
+
 
 def test_the_rerankers_top_2_are_compared_with_the_rest_prompt_by_prompt():
     prompts = [sampled("p", ("1", True, 0.1, 6), ("1", True, 0.9, 2), ("1", True, 0.5, 4), ("2", False, 1.0, 9)),
@@ -226,7 +237,9 @@ def test_a_refreshed_prm_serves_the_search_and_the_iterations_after_it(place):
     assert evolve.current_prm(out, 2, evolve.Args(prm_refresh=1)) == refreshed / "model"
     assert evolve.current_prm(out, 1, evolve.Args(prm_refresh=1)) == evolve.Path("runs/toy/02_train_prm/model")
     drawn = sum(len(rows(refreshed / name)) for name in ("samples.jsonl", "val.jsonl", "rollouts.jsonl"))
-    assert json.loads((refreshed / "run.json").read_text())["flags"]["prompts"] == 32 and len(rows(refreshed / "samples.jsonl")) == 32 * 6
+    flags = json.loads((refreshed / "run.json").read_text())["flags"]
+    assert flags["seed"] == common.seed_of(0, "refresh", 1)  # no draw of the first PRM is drawn again
+    assert flags["prompts"] == 32 and len(rows(refreshed / "samples.jsonl")) == 32 * 6
     assert [m["extra_samples"] for m in rows(out / "metrics.jsonl")] == [0, drawn + 2 * 4 * 3, 0]  # and a search: 2 temperatures, 4 prompts, K = 3
 
 
