@@ -54,7 +54,7 @@ AGAINST = [  # the comparisons behind the paper's findings, and those past it
     "vote, mix-in 0 %/Top-2", "vote, mix-in 25 %/Top-2", "vote, mix-in 50 %/Top-2", "vote, mix-in 75 %/Top-2", "vote, mix-in 75 %/vote, mix-in 0 %",
     "vote, mix-in 0 %/majority vote without PRM, mix-in 0 %",
     "M-STaR/Top-2", "M-STaR/Top-2, T = 0.5", "M-STaR/Top-2, T = 0.7", "M-STaR/Top-2, T = 1.2", "M-STaR/adaptive T on Pass@K",
-    "M-STaR, PRM refreshed/M-STaR, K = 13", "M-STaR, T per difficulty/M-STaR"]
+    "M-STaR, PRM refreshed/M-STaR", "M-STaR, PRM refreshed/M-STaR, K = 13", "M-STaR, K = 13/M-STaR", "M-STaR, T per difficulty/M-STaR"]
 
 
 @dataclass
