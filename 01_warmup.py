@@ -36,9 +36,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import (LETTERS, CommonArgs, InputError, append_chunks, canonical, check_longest_prompts, choice_index, digest, distinct, drop_checkpoint, epoch_batches,
-                    fit, flag, grouped, load_checkpoint, load_examples, load_policy, make_optimizer, open_run, print_table, run_stage, sample_rows,
-                    save_checkpoint, save_model, seed_of, sft_loss, verdict_if_wrong, write_json, write_jsonl)
+from common import (LETTERS, CommonArgs, InputError, append_chunks, by_id_of, canonical, check_longest_prompts, choice_index, digest, distinct,
+                    drop_checkpoint, epoch_batches, fit, flag, grouped, load_checkpoint, load_examples, load_policy, make_optimizer, open_run, print_table,
+                    run_stage, sample_rows, save_checkpoint, save_model, seed_of, sft_loss, verdict_if_wrong, write_json, write_jsonl)
 
 DECODER = json.JSONDecoder()
 HELD_OUT = {"test": 750, "val": 250}
@@ -292,7 +292,7 @@ def main(args: Args) -> None:
     write_jsonl(out / "sft.jsonl", kept)
 
     # Improve: SFT on the response tokens
-    by_id, optimizer = {e["id"]: e for e in examples}, make_optimizer(policy)
+    by_id, optimizer = by_id_of(examples), make_optimizer(policy)
     state = load_checkpoint(out / "checkpoint", policy, optimizer)
     batches = [[kept[i] for i in batch] for batch in epoch_batches(len(kept), args.batch_size, args.steps, args.seed, "warmup")]
     state = fit(policy, optimizer, batches, lambda batch: sft_loss(policy, [by_id[r["id"]] for r in batch], [r["token_ids"] for r in batch], args),

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
-from common import (InputError, ScoringArgs, append_chunks, append_tokens, checked, check_longest_prompts, distinct, drop_checkpoint, encode_prompts,
+from common import (InputError, ScoringArgs, append_chunks, append_tokens, by_id_of, checked, check_longest_prompts, distinct, drop_checkpoint, encode_prompts,
                     epoch_batches, fit, flag, generate, grouped, load_checker, load_checkpoint, load_examples, load_policy, make_optimizer,
                     open_run, print_table, run_stage, sample_rows, save_checkpoint, save_model, score_steps, seed_of, step_ends, step_logits, write_json, write_jsonl)
 
@@ -173,9 +173,7 @@ def main(args: Args) -> None:
     checker, policy = load_checker(args.chain_checker), load_policy(start_from, args)  # pi_warmup
     marks = mark_ids(policy.tokenizer, args.good, args.bad)
     check_longest_prompts(policy, examples + val, args)
-    by_id, held = {e["id"]: e for e in examples + val}, {e["id"] for e in examples[:int(len(examples) * args.held_out)]}
-    if len(by_id) < len(examples) + len(val):
-        raise InputError(f"{args.data} and {args.val} share ids; rename them")
+    by_id, held = by_id_of(examples, val), {e["id"] for e in examples[:int(len(examples) * args.held_out)]}
     if not 0 < len(held) < len(examples):
         raise InputError(f"--held_out {args.held_out} of {len(examples)} prompts holds {len(held)} out; some must be held out and some trained on")
 

@@ -37,9 +37,10 @@ from typing import Literal
 
 import torch
 
-from common import (InputError, ScoringArgs, append_chunks, check_longest_prompts, close_engine, distinct, epoch_batches, fit, flag, grouped,
-                    learning_rate, load_checkpoint, load_examples, load_policy, load_prm, load_weights, make_optimizer, move_trainer, open_run, pass_at_k, read_jsonl,
-                    reward_pass_at_k, run_stage, sample_rows, save_checkpoint, save_model, search_temperature, seed_of, sft_loss, top_k, verdict_if_wrong, vote, write_jsonl)
+from common import (InputError, ScoringArgs, append_chunks, by_id_of, check_longest_prompts, close_engine, distinct, epoch_batches, fit, flag, grouped,
+                    learning_rate, load_checkpoint, load_examples, load_policy, load_prm, load_weights, make_optimizer, move_trainer, open_run, pass_at_k,
+                    read_jsonl, reward_pass_at_k, run_stage, sample_rows, save_checkpoint, save_model, search_temperature, seed_of, sft_loss, top_k,
+                    verdict_if_wrong, vote, write_jsonl)
 
 
 @dataclass
@@ -189,7 +190,8 @@ def refresh_prm(policy, out: Path, folder: Path, state: dict, first_prm: Path, a
     stage, run = importlib.import_module("02_train_prm"), first_prm.parent / "run.json"
     here = {f.name: getattr(args, f.name) for f in fields(ScoringArgs)} | {"data": args.data, "val": args.val}
     flags = here | (json.loads(run.read_text())["flags"] if run.exists() else {})
-    flags |= {"runs": str(folder), "policy": str(out / "checkpoint" / f"step_{state['step']:06d}" / "policy"), "seed": seed_of(args.seed, "refresh", state["iteration"]), "engine": args.engine, "overwrite": False}
+    flags |= {"runs": str(folder), "policy": str(out / "checkpoint" / f"step_{state['step']:06d}" / "policy"),
+              "seed": seed_of(args.seed, "refresh", state["iteration"]), "engine": args.engine, "overwrite": False}
     close_engine()  # it holds this stage's policy
     move_trainer(policy, "cpu")
     stage.main(stage.Args(**flags))
@@ -315,9 +317,7 @@ def main(args: Args) -> None:
     unlabeled = [] if args.unlabeled == "none" else load_examples(args.unlabeled_data, hidden=args.unlabeled != "oracle")
     policy, prm, prm_from = load_policy(start_from, args), None, None  # pi_theta, f
     check_longest_prompts(policy, examples + unlabeled + val, args)
-    by_id, optimizer = {e["id"]: e for e in examples + unlabeled}, make_optimizer(policy)
-    if len(by_id) < len(examples) + len(unlabeled):
-        raise InputError(f"{args.data} and {args.unlabeled_data} share ids; rename them")
+    by_id, optimizer = by_id_of(examples, unlabeled), make_optimizer(policy)
     state = load_checkpoint(out / "checkpoint", policy, optimizer) or {"iteration": 0, "step": 0, "reset": 0, "batch": 0, "tokens": 0, "loss": 0.0}
     metrics = read_jsonl(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
     searches = read_jsonl(out / "temperature.jsonl") if (out / "temperature.jsonl").exists() else []

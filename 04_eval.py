@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 from scipy.stats import t as student  # comes with scikit-learn
 
-from common import (LETTERS, InputError, ScoringArgs, append_chunks, check_longest_prompts, distinct, flag, grouped, load_checker, load_examples, load_policy,
+from common import (LETTERS, InputError, ScoringArgs, append_chunks, by_id_of, check_longest_prompts, distinct, flag, grouped, load_checker, load_examples, load_policy,
                     load_prm, open_run, pass_at_k, read_jsonl, reward_pass_at_k, run_stage, sample_rows, top_k, vote, write_atomic, write_json, write_jsonl)
 
 FIGURES = {"greedy": "greedy accuracy", "sample": "mean sample accuracy", "pass_at_k": "Pass@K", "reward_pass_at_2": "Reward-Pass@2",
@@ -571,13 +571,13 @@ def main(args: Args) -> None:
 
     rows = predict(out / "predictions.jsonl", paths, splits, 1 + args.samples, greedy_and_samples, args, "04 eval")
     report = summarize(sorted(rows, key=lambda row: (list(splits).index(row["split"]), list(paths).index(row["policy"]))), args)
-    first, by_id = list(grouped([r for r in rows if (r["split"], r["policy"]) == ("test", "warm-up")]).values()), {e["id"]: e for e in splits["test"]}
+    first, by_id = list(grouped([r for r in rows if (r["split"], r["policy"]) == ("test", "warm-up")]).values()), by_id_of(splits["test"])
     prm_report = {"verifier": verifier(first, args), "reranker": reranker(first, by_id, checker, args)}
     text = markdown(report, args) + prm_markdown(prm_report)
     if asked:
         judged = predict(out / "benchmarks.jsonl", paths, asked, 1, lambda policy, examples: sample_rows(policy, examples, 1, 0.0, "eval", 0, args), args, "04 benchmarks")
         report["benchmarks"] = {split: {name: benchmark_figures([r for r in judged if (r["split"], r["policy"]) == (split, name)],
-                                                                {e["id"]: e for e in examples}, args.resamples) for name in paths}
+                                                               by_id_of(examples), args.resamples) for name in paths}
                                 for split, examples in asked.items()}
         text += "\n" + benchmark_tables(report["benchmarks"])
     text += settings(args)

@@ -26,7 +26,7 @@ from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Literal
 
@@ -344,6 +344,19 @@ def load_examples(path, hidden: bool = False) -> list[dict]:
     for k, row in enumerate(images.values()):
         read_image(row, check="bytes" if k % -(-len(images) // 4096) == 0 else "header")
     return rows
+
+
+def by_id_of(*files: list[dict]) -> dict[str, dict]:
+    """{id: example} over the examples of several files; raises InputError if two of them share an id, for one would stand for the other.
+
+    >>> list(by_id_of([{"id": "a", "where": "x line 1"}], [{"id": "b", "where": "y line 1"}]))
+    ['a', 'b']
+    """
+    found: dict = {}
+    for example in chain(*files):
+        if (first := found.setdefault(example["id"], example)) is not example:
+            raise InputError(f"{example['where']}: id {example['id']!r} stands already in {first['where']}; rename one")
+    return found
 
 
 def read_image(example: dict, check: str = "") -> Image.Image | None:

@@ -244,7 +244,7 @@ def test_no_right_sample_in_an_iteration_stops_evolving_with_a_sentence(tiny, wo
 
 def test_prompts_for_the_prm_and_for_its_validation_that_share_ids_are_refused(finished, tmp_path, monkeypatch):
     cwd = finished[0]
-    with pytest.raises(common.InputError, match="share ids; rename them"):  # else the image and the answer of one would stand for the other
+    with pytest.raises(common.InputError, match="train.jsonl line 1: id 'train-00000' stands already in data/toy/train.jsonl line 1; rename one"):  # else the image and the answer of one would stand for the other
         in_process("02_train_prm", cwd, monkeypatch, runs=str(tmp_path), val="data/toy/train.jsonl", policy="runs/toy/01_warmup/model")
     with pytest.raises(common.InputError, match="holds 0 out"):
         in_process("02_train_prm", cwd, monkeypatch, runs=str(tmp_path / "b"), held_out=0.0, policy="runs/toy/01_warmup/model")
