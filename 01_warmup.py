@@ -311,7 +311,7 @@ def main(args: Args) -> None:
 def report(out) -> None:
     """Print metrics.json as a table, and what to run next."""
     print_table(json.loads((out / "metrics.json").read_text()))
-    print("next: python 02_train_prm.py")
+    print(f"next: python 02_train_prm.py --runs {out.parent}")
 
 
 if __name__ == "__main__":

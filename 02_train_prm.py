@@ -145,7 +145,7 @@ def step_report(rows: list[dict]) -> dict:
 
 
 def chain_report(rows: list[dict], by_id: dict, checker) -> dict:
-    """How often min-step ranks a right chain above a wrong chain with the same right answer to the same prompt.
+    """How often R_p ranks a right chain above a wrong chain with the same right answer to the same prompt.
 
     Ties count half. Prompts or data that the checker cannot judge (it returns None) are left out.
     """
@@ -230,7 +230,7 @@ def main(args: Args) -> None:
 def report(out) -> None:
     """Print metrics.json as a table, and what to run next."""
     print_table(json.loads((out / "metrics.json").read_text()))
-    print("next: python 03_self_evolve.py")
+    print(f"next: python 03_self_evolve.py --runs {out.parent}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Reads   data/toy/train.jsonl, data/toy/val.jsonl, runs/toy/01_warmup/model/, runs/toy/02_train_prm/model/
 Writes  runs/toy/03_self_evolve/iter_XX/samples.jsonl   K responses per prompt of the iteration, checked; the right ones scored
-                                iter_XX/selected.jsonl  what the policy was trained on
+                                iter_XX/selected.jsonl  what the policy is trained on, as far as the iteration's steps reach
                                 iter_XX/val_*.jsonl     greedy responses and samples on the validation set
                                 iter_XX/search.jsonl    samples of the temperature search
                                 metrics.jsonl           one row per iteration; row 0 is the start policy
@@ -15,11 +15,12 @@ an iteration or a restart. The PRM stays fixed. Search and validation never see 
 
 Every other row of the paper's tables is a flag: --method, --interval, --select and --k, --aggregate, --unlabeled and
 --mixin, --temperature and --objective. Whatever they say, a run draws --passes x prompts x K samples (sft none) and takes
---steps optimizer steps; the temperature search and a refreshed PRM draw theirs on top, counted as extra_samples. Two flags
-go past the paper: --prm_refresh and --temperature per_class.
+--steps optimizer steps; what the temperature search and a refreshed PRM cost comes on top, counted as extra_samples and
+extra_steps. Two flags go past the paper: --prm_refresh and --temperature per_class.
 
 Departures from the paper:
-1. Every iteration takes the same number of optimizer steps (--steps / iterations), whatever was selected.
+1. Every iteration takes the same number of optimizer steps (--steps / iterations), whatever was selected: of many selected
+   responses it sees a part, few it sees more than once ("trained" in metrics.jsonl: how many different ones).
 2. K = 8 here, 16 there; the search uses the first --search_prompts validation prompts.
 
     python 03_self_evolve.py
@@ -65,7 +66,8 @@ class Args(ScoringArgs):
     mixin: float = flag(0.0, "T_mixin: share of the iterations after which half of the prompts are unlabelled ones")
     vote_weights: Literal["prm", "equal"] = flag("prm", "pseudo-label: the answer with the largest PRM-weighted vote, or the majority")
     gold_response: str = flag("Answer : {}", "method sft: the response that states a gold answer")
-    temperature: str = flag("adaptive", "a number; adaptive: the search's choice, 1.0 until the first search; per_class: one choice per difficulty of prompts")
+    temperature: str = flag("adaptive", "a number; adaptive: the search's choice, 1.0 until the first search; per_class: one choice per "
+                                           "difficulty, for prompts sampled before, so from the second pass on")
     objective: Literal["reward_pass_at_2", "pass_at_k"] = flag("reward_pass_at_2", "what the temperature search maximises")
     search_every: int = flag(2, "iterations between two temperature searches")
     search_prompts: int = flag(64, "validation prompts that a search uses")
@@ -138,8 +140,8 @@ def pseudo_label(rows: list[dict], weights: str) -> tuple[list[dict], int]:
 
 def generate_samples(policy, prm, prompts: list[dict], t: int, choice: dict, classes: dict, folder: Path, args: Args) -> list[dict]:
     """K checked samples per prompt, with R = 1(a = a*) x R_p; of unlabelled prompts every sample gets R_p, for the vote."""
-    heat = lambda e: choice.get(e["answer"] and classes.get(e["id"]), choice["all"])  # T of a prompt; a hidden answer gives no solve rate
-    kind = lambda e: (e["answer"] is None, heat(e))
+    temperature_of = lambda e: choice.get(e["answer"] and classes.get(e["id"]), choice["all"])  # a hidden answer gives no solve rate
+    kind = lambda e: (e["answer"] is None, temperature_of(e))
 
     def produce(chunk):
         return [row for (hidden, temperature), group in groupby(chunk, key=kind)
@@ -182,8 +184,8 @@ def begin_iteration(policy, optimizer, state: dict, t: int, start_from, args: Ar
     return {**state, "iteration": t, "batch": 0, "tokens": 0, "loss": 0.0}
 
 
-def refresh_prm(policy, out: Path, folder: Path, state: dict, first_prm: Path, args: Args) -> int:
-    """Past the paper: stage 02 trains a new PRM, from the current policy and on its rollouts; returns how many samples that took.
+def refresh_prm(policy, out: Path, folder: Path, state: dict, first_prm: Path, args: Args) -> tuple[int, int]:
+    """Past the paper: stage 02 trains a new PRM, from the current policy and on its rollouts; returns the samples and steps it took.
 
     Its flags are those that the run's first PRM was made with; where that left no run.json, this stage's and 02's defaults.
     """
@@ -197,7 +199,9 @@ def refresh_prm(policy, out: Path, folder: Path, state: dict, first_prm: Path, a
     stage.main(stage.Args(**flags))
     close_engine()
     move_trainer(policy, args.device)
-    return sum(len(read_jsonl(folder / "02_train_prm" / name)) for name in ("samples.jsonl", "val.jsonl", "rollouts.jsonl"))
+    made = folder / "02_train_prm"
+    samples = sum(len(read_jsonl(made / name)) for name in ("samples.jsonl", "val.jsonl", "rollouts.jsonl"))
+    return samples, json.loads((made / "metrics.json").read_text())["steps"]
 
 
 def current_prm(out: Path, t: int, args: Args) -> Path:
@@ -241,22 +245,25 @@ def adapt_temperature(policy, prm, val: list[dict], folder: Path, t: int, choice
     """T <- argmax over the grid of Reward-Pass@2 on fixed prompts and seeds (paper, section 5).
 
     Returns ({"all": T}, {"all": curve, "pass_at_k": Pass@K over T}); with --temperature per_class also a T and a curve for every
-    difficulty class, the class of a prompt read from its samples at the temperature nearest to the current one.
+    difficulty class of at least an eighth of the prompts. A prompt's class is read from its samples at all temperatures: at one
+    of them alone the class would speak for or against that very temperature.
     """
-    tries = [(temperature, example) for temperature in args.search_grid for example in val[:args.search_prompts]]
+    searched = val[:args.search_prompts]
+    tries = [(temperature, example) for temperature in args.search_grid for example in searched]
 
     def produce(chunk):
         return [row for temperature, group in groupby(chunk, key=lambda pair: pair[0])
                 for row in sample_rows(policy, [e for _, e in group], args.samples, temperature, "search", t, args, prm)]
 
     rows = append_chunks(folder / "search.jsonl", tries, args.samples, args.chunk, produce, f"03 search {t}")
-    kinds = {"all": {e["id"] for e in val}}
-    if args.temperature == "per_class":
-        classes = difficulty([r for r in rows if r["temperature"] == min(args.search_grid, key=lambda T: abs(T - choice["all"]))])
-        kinds |= {name: ids for name in ("hard", "middle", "easy") if (ids := {e["id"] for e in val[:args.search_prompts] if classes[e["id"]] == name})}
-    at = lambda T, ids, figure: mean_over_prompts([r for r in rows if r["temperature"] == T and r["id"] in ids], figure)
-    found = {name: search_temperature(args.search_grid, lambda T: at(T, ids, args.objective), choice.get(name, choice["all"])) for name, ids in kinds.items()}
-    curves = {name: curve for name, (_, curve) in found.items()} | {"pass_at_k": [{"temperature": T, "pass_at_k": at(T, kinds["all"], "pass_at_k")} for T in args.search_grid]}
+    groups = {"all": {e["id"] for e in searched}}
+    for prompt, name in difficulty(rows).items() if args.temperature == "per_class" else ():
+        groups.setdefault(name, set()).add(prompt)
+    groups = {name: ids for name, ids in groups.items() if len(ids) >= len(searched) / 8}
+    mean_at = lambda T, ids, figure: mean_over_prompts([r for r in rows if r["temperature"] == T and r["id"] in ids], figure)
+    found = {name: search_temperature(args.search_grid, lambda T: mean_at(T, ids, args.objective), choice.get(name, choice["all"])) for name, ids in groups.items()}
+    curves = {name: curve for name, (_, curve) in found.items()}
+    curves["pass_at_k"] = [{"temperature": T, "pass_at_k": mean_at(T, groups["all"], "pass_at_k")} for T in args.search_grid]
     return {name: best for name, (best, _) in found.items()}, curves
 
 
@@ -275,34 +282,36 @@ def current_temperature(searches: list[dict], out: Path, t: int, args: Args) -> 
 
 def check_flags(args: Args) -> int:
     """The number of iterations; raises InputError for flags that contradict each other."""
-    if not (0 < args.interval <= 1 and abs(args.interval * (parts := round(1 / args.interval)) - 1) < 1e-3):
-        raise InputError(f"--interval {args.interval} must be 1 over a whole number (1, 0.5, 0.25, 0.2, ...), so that no iteration holds a prompt twice")
-    iterations = 1 if args.method == "sft" else round(args.passes * parts)
-    if args.method != "sft" and abs(args.passes * parts - iterations) > 1e-3:
-        raise InputError(f"--passes {args.passes} must be a multiple of --interval {args.interval}")
-    if min(args.search_every, args.search_prompts, args.k, args.samples) < 1 or min(args.validate_every, args.prm_refresh) < 0:
-        raise InputError("--search_every, --search_prompts, --k and --samples must be at least 1, --validate_every and --prm_refresh at least 0")
-    if not args.search_grid or min(args.search_grid) <= 0 or len(set(args.search_grid)) < len(args.search_grid):
-        raise InputError(f"--search_grid needs different temperatures above 0, found {args.search_grid}")
-    if args.method == "sft" and args.gold_response.count("{}") != 1:
-        raise InputError(f"--gold_response {args.gold_response!r} must say by one {{}} where the answer stands")
-    if args.method == "sft" and (args.unlabeled != "none" or args.prm_refresh):
-        raise InputError("--method sft samples nothing: drop --unlabeled and --prm_refresh")
-    if args.prm_refresh and args.prm_refresh >= iterations:
-        raise InputError(f"--prm_refresh {args.prm_refresh}: with {iterations} iterations no PRM would ever be refreshed")
-    if iterations < 1 or args.steps < iterations:
-        raise InputError(f"--interval {args.interval}, --passes {args.passes} and --steps {args.steps} must give at least one iteration of at least one step")
-    if args.temperature not in ("adaptive", "per_class"):
-        try:
-            fixed = float(args.temperature)
-        except ValueError:
-            fixed = math.nan
-        if not 0 < fixed < math.inf:  # greedy samples would all be one and the same
-            raise InputError(f"--temperature must be a number above 0, adaptive or per_class, found {args.temperature!r}")
-    if args.unlabeled != "none" and not (0 <= args.mixin < 1 and (args.mixin * iterations).is_integer()):
-        raise InputError(f"--mixin {args.mixin} must be at least 0, below 1 and a whole number of the {iterations} iterations")
-    if args.unlabeled == "none" and args.mixin or args.unlabeled != "vote" and args.vote_weights == "equal":
-        raise InputError("--mixin needs --unlabeled oracle or vote, --vote_weights equal needs --unlabeled vote")
+    parts, sft, adaptive = round(1 / args.interval) if 0 < args.interval <= 1 else 0, args.method == "sft", args.temperature in ("adaptive", "per_class")
+    iterations, mixin = 1 if sft else round(args.passes * parts), args.mixin
+    try:
+        fixed = 1.0 if adaptive else float(args.temperature)
+    except ValueError:
+        fixed = math.nan
+    refused = [  # (whether, what to do about it)
+        (not parts or abs(args.interval * parts - 1) > 1e-3,
+         f"--interval {args.interval} must be 1 over a whole number (1, 0.5, 0.25, 0.2, ...), so that no iteration holds a prompt twice"),
+        (not sft and abs(args.passes * parts - iterations) > 1e-3, f"--passes {args.passes} must be a multiple of --interval {args.interval}"),
+        (min(args.search_every, args.search_prompts, args.k, args.samples) < 1 or min(args.validate_every, args.prm_refresh) < 0,
+         "--search_every, --search_prompts, --k and --samples must be at least 1, --validate_every and --prm_refresh at least 0"),
+        (not args.search_grid or min(args.search_grid) <= 0 or len(set(args.search_grid)) < len(args.search_grid),
+         f"--search_grid needs different temperatures above 0, found {args.search_grid}"),
+        (sft and args.gold_response.count("{}") != 1, f"--gold_response {args.gold_response!r} must say by one {{}} where the answer stands"),
+        (sft and (args.unlabeled != "none" or args.prm_refresh), "--method sft samples nothing: drop --unlabeled and --prm_refresh"),
+        (args.prm_refresh and args.prm_refresh >= iterations, f"--prm_refresh {args.prm_refresh}: with {iterations} iterations no PRM would ever be refreshed"),
+        (iterations < 1 or args.steps < iterations,
+         f"--interval {args.interval}, --passes {args.passes} and --steps {args.steps} must give at least one iteration of at least one step"),
+        (not 0 < fixed < math.inf, f"--temperature must be a number above 0, adaptive or per_class, found {args.temperature!r}"),  # greedy samples are all one
+        (adaptive and not sft and args.search_every >= iterations,
+         f"--search_every {args.search_every}: with {iterations} iterations no search would ever be made; lower it, or fix --temperature, say at 1.0"),
+        (not adaptive and args.objective != "reward_pass_at_2", f"--objective {args.objective}: with a fixed --temperature nothing is searched"),
+        (args.unlabeled != "none" and not (0 <= mixin < 1 and (mixin * iterations).is_integer()),
+         f"--mixin {mixin} must be at least 0, below 1 and a whole number of the {iterations} iterations"),
+        (args.unlabeled == "none" and mixin or args.unlabeled != "vote" and args.vote_weights == "equal",
+         "--mixin needs --unlabeled oracle or vote, --vote_weights equal needs --unlabeled vote")]
+    for wrong, says in refused:
+        if wrong:
+            raise InputError(says)
     return iterations
 
 
@@ -315,6 +324,8 @@ def main(args: Args) -> None:
         return report(out)
     examples, val = load_examples(args.data), load_examples(args.val)
     unlabeled = [] if args.unlabeled == "none" else load_examples(args.unlabeled_data, hidden=args.unlabeled != "oracle")
+    if unlabeled and len(unlabeled) < len(examples) * args.interval / 2:
+        raise InputError(f"{args.unlabeled_data} holds {len(unlabeled)} prompts, fewer than the half of an iteration, so some would stand in it twice; lower --interval")
     policy, prm, prm_from = load_policy(start_from, args), None, None  # pi_theta, f
     check_longest_prompts(policy, examples + unlabeled + val, args)
     by_id, optimizer = by_id_of(examples, unlabeled), make_optimizer(policy)
@@ -329,7 +340,7 @@ def main(args: Args) -> None:
             prm_from, prm = current_prm(out, t, args), None  # two of them need not fit
             prm = load_prm(prm_from, args)
         choice, classes = current_temperature(searches, out, t, args)  # T
-        row = {"iteration": t, "temperature": choice["all"], "extra_samples": 0}
+        row = {"iteration": t, "temperature": choice["all"], "extra_samples": 0, "extra_steps": 0}
 
         if t > 0:
             # Generate: K responses per prompt from the current policy
@@ -351,7 +362,8 @@ def main(args: Args) -> None:
 
             # Improve: SFT on the selected responses; moments and rate go on where they were
             steps = args.steps * t // iterations - args.steps * (t - 1) // iterations
-            batches = [[selected[i] for i in b] for b in epoch_batches(len(selected), args.batch_size, steps, args.seed, "evolve", t)]
+            picks = epoch_batches(len(selected), args.batch_size, steps, args.seed, "evolve", t)
+            batches = [[selected[i] for i in pick] for pick in picks]
             if state["iteration"] < t:
                 state = begin_iteration(policy, optimizer, state, t, start_from, args)
             if args.offload:
@@ -364,7 +376,8 @@ def main(args: Args) -> None:
             row |= {"lr": learning_rate(state["step"] - state["reset"] - 1, args.learning_rate, args.warmup_steps), "prompts": len(prompts),
                     "samples": 0 if args.method == "sft" else len(prompts) * args.samples, "no_vote": no_vote,
                     "correct": sum(r["correct"] for r in samples if "pseudo_label" not in r), "voted": sum(r["correct"] for r in samples if "pseudo_label" in r),
-                    "selected": len(selected), "steps": state["step"], "tokens": state["tokens"], "loss": state["loss"] / max(state["batch"], 1)}
+                    "selected": len(selected), "trained": len({i for pick in picks for i in pick}), "steps": state["step"], "tokens": state["tokens"],
+                    "loss": state["loss"] / max(state["batch"], 1)}
             clock.append(time.time())
 
         # Look: the dynamics on the validation set
@@ -375,7 +388,7 @@ def main(args: Args) -> None:
         # Adapt: T <- argmax of Reward-Pass@2, by the PRM that selects next; nothing follows the last iteration
         if args.prm_refresh and 0 < t < iterations and t % args.prm_refresh == 0:
             prm = None
-            row["extra_samples"] += refresh_prm(policy, out, folder, state, first_prm, args)
+            row["extra_samples"], row["extra_steps"] = refresh_prm(policy, out, folder, state, first_prm, args)
             prm_from = current_prm(out, t + 1, args)
             prm = load_prm(prm_from, args)
         if args.temperature in ("adaptive", "per_class") and 0 < t < iterations and t % args.search_every == 0:
@@ -402,7 +415,8 @@ def report(out: Path) -> None:
             print(f"{row['iteration']:9d} {row['temperature']:5.1f} {row['greedy_accuracy']:7.1%} {row['sample_accuracy']:7.1%} {row['pass_at_k']:7.1%} "
                   f"{row['reward_pass_at_2']:14.1%} {row.get('selected', 0):9d}")
     print(f"budget: {sum(row.get('samples', 0) for row in rows)} samples, {sum(row['extra_samples'] for row in rows)} more for the temperature and the PRM, "
-          f"{rows[-1].get('steps', 0)} optimizer steps\nnext: python 04_eval.py")
+          f"{rows[-1].get('steps', 0)} optimizer steps, {sum(row['extra_steps'] for row in rows)} more for the PRM\n"
+          f"next: python 04_eval.py --runs {out.parent}")
 
 
 if __name__ == "__main__":

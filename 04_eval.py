@@ -10,9 +10,10 @@ Writes  runs/toy/04_eval/predictions.jsonl  one greedy response and K samples pe
                          prm.png            the PRM as a verifier (best of n, votes) and as a reranker (Top-2 against the rest)
 
 Intervals are 95 % bootstrap intervals over prompts. Differences are paired: the same prompts, resampled together.
-With several --runs it only draws their dynamics into one figure and tells what training changed over all of them; with
---study it turns the lines of tests/study.py into a table (mean over seeds, interval over seeds and prompts) and paired
-differences.
+The policy that 03 began with and its PRM are those of 03's run.json. With several --runs it only draws their dynamics into
+one figure and tells what training changed, over all runs that differ in nothing but the seed, and how far that differs from
+the change in the first kind of runs; with --study it turns the lines of tests/study.py into a table (mean over seeds,
+interval over seeds and prompts) and paired differences.
 
 Benchmarks are asked in our one prompt form, question, lettered choices, --instruction, with the dataset's own hint or
 context before the question. MMStar-R and MMBench-R leave out the perception categories, as in the paper. MMBench asks
@@ -44,17 +45,18 @@ from common import (LETTERS, InputError, ScoringArgs, append_chunks, by_id_of, c
 
 FIGURES = {"greedy": "greedy accuracy", "sample": "mean sample accuracy", "pass_at_k": "Pass@K", "reward_pass_at_2": "Reward-Pass@2",
            "majority": "majority vote", "best_of_n": "PRM best-of-N", "weighted": "PRM-weighted vote", "unparsable": "unparsable share"}
-
-
+LOOKED_AT = ("greedy", "pass_at_k", "reward_pass_at_2")
+M_STAR = {"method": "continuous", "select": "top_k", "k": 2, "unlabeled": "none", "temperature": "adaptive", "objective": "reward_pass_at_2", "prm_refresh": 0}
 AGAINST = [  # the comparisons behind the paper's findings, and those past it
     "M-STaR/Iterative RFT 100 %", "M-STaR/ReST-EM 100 %", "continuous 100 %/Iterative RFT 100 %", "continuous 100 %/ReST-EM 100 %",
-    "continuous 25 %/continuous 100 %", "continuous 25 %/continuous 50 %", "continuous 25 %/continuous 12.5 %", "continuous 25 %/continuous 6.25 %",
+    "continuous 25 %/Iterative RFT 100 %", "continuous 25 %/ReST-EM 100 %", "continuous 25 %/continuous 100 %", "continuous 25 %/continuous 50 %", "continuous 25 %/continuous 12.5 %", "continuous 25 %/continuous 6.25 %",
     "Top-2/Random-2", "Top-2/continuous 25 %", "Top-2/PRM > alpha", "Top-2/Top-1", "Top-2/Top-4",
-    "oracle without PRM/continuous 25 %", "oracle + PRM/Top-2", "oracle + PRM, mix-in 75 %/oracle + PRM",
+    "Top-1/continuous 25 %", "Top-4/continuous 25 %", "oracle without PRM/continuous 25 %", "oracle + PRM/Top-2", "oracle + PRM, mix-in 25 %/Top-2",
+    "oracle + PRM, mix-in 50 %/Top-2", "oracle + PRM, mix-in 75 %/Top-2", "oracle + PRM, mix-in 75 %/oracle + PRM",
     "vote, mix-in 0 %/Top-2", "vote, mix-in 25 %/Top-2", "vote, mix-in 50 %/Top-2", "vote, mix-in 75 %/Top-2", "vote, mix-in 75 %/vote, mix-in 0 %",
     "vote, mix-in 0 %/majority vote without PRM, mix-in 0 %",
     "M-STaR/Top-2", "M-STaR/Top-2, T = 0.5", "M-STaR/Top-2, T = 0.7", "M-STaR/Top-2, T = 1.2", "M-STaR/adaptive T on Pass@K",
-    "M-STaR, PRM refreshed/M-STaR", "M-STaR, PRM refreshed/M-STaR, K = 13", "M-STaR, K = 13/M-STaR", "M-STaR, T per difficulty/M-STaR"]
+    "M-STaR, PRM refreshed/M-STaR", "M-STaR, PRM refreshed/M-STaR, K = 11", "M-STaR, K = 11/M-STaR", "M-STaR, T per difficulty/M-STaR"]
 
 
 @dataclass
@@ -314,7 +316,7 @@ def markdown(report: dict, args: Args) -> str:
 
 def prm_markdown(report: dict) -> str:
     """The PRM as verifier and as reranker, as two tables."""
-    lines = ["## PRM on samples of the warm-up policy, test\n", "| n | majority vote | PRM-weighted vote | PRM best-of-n |", "|---|---|---|---|"]
+    lines = ["## PRM on samples of the policy that evolving starts from, test\n", "| n | majority vote | PRM-weighted vote | PRM best-of-n |", "|---|---|---|---|"]
     lines += [f"| {n} | {show(row['majority'])} | {show(row['weighted'])} | {show(row['best_of_n'])} |" for n, row in report["verifier"].items()]
     lines += ["", "| right responses | steps | right chains, % | prompts |", "|---|---|---|---|"]
     lines += [f"| {name} | {show(row['steps'], scale=1)} | {show(row['right_chain']) if 'right_chain' in row else '-'} | {row['steps']['n']} |"
@@ -355,7 +357,7 @@ def draw_prm(report: dict, path: Path) -> None:
         n, rows = [int(n) for n in report["verifier"]], [row[key] for row in report["verifier"].values()]
         line = left.plot(n, [100 * r["mean"] for r in rows], style, label=label)[0]
         left.fill_between(n, [100 * r["low"] for r in rows], [100 * r["high"] for r in rows], alpha=0.12, color=line.get_color())
-    left.set(xscale="log", xlabel="n samples", ylabel="test prompts, %", xticks=n, xticklabels=n, title="PRM as a verifier (warm-up policy)")
+    left.set(xscale="log", xlabel="n samples", ylabel="test prompts, %", xticks=n, xticklabels=n, title="PRM as a verifier (start policy)")
     left.minorticks_off()
     left.legend(frameon=False)
     for axis, key, scale, title in ((middle, "steps", 1, "steps of right responses"), (right, "right_chain", 100, "right chains, %")):
@@ -371,6 +373,18 @@ def flags_of(folder: Path) -> dict:
     if not (folder / "run.json").exists():
         raise InputError(f"{folder} holds no run; run 03_self_evolve.py first")
     return json.loads((folder / "run.json").read_text())["flags"]
+
+
+def policies_of(runs: Path, flags: dict, base: str) -> dict[str, Path]:
+    """{name: checkpoint} of the policies to judge, given the flags of stage 03: the base, what 03 began with and what became of it.
+
+    >>> flags = M_STAR | {"policy": "runs/a/01_warmup/model", "method": "rest_em"}
+    >>> {name: str(path) for name, path in policies_of(Path("runs/b"), flags, "base").items()}
+    {'base': 'base', 'warm-up': 'runs/a/01_warmup/model', 'evolved': 'runs/b/03_self_evolve/model'}
+    """
+    start = Path(flags["policy"] or runs / "01_warmup" / "model")
+    became = "M-STaR" if all(flags[key] == value for key, value in M_STAR.items()) else "evolved"
+    return {"base": Path(base), "warm-up" if start.parent.name == "01_warmup" else "start": start, became: runs / "03_self_evolve" / "model"}
 
 
 def compare_runs(runs: list[str], path: Path) -> None:
@@ -392,25 +406,59 @@ def compare_runs(runs: list[str], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def looks_of(folder: Path) -> dict[str, list[dict]]:
+    """{prompt: [its figures at the first look at the dynamics, at the last]} of a run, on validation; empty if it looked once only."""
+    iterations, table = [row["iteration"] for row in read_jsonl(folder / "metrics.jsonl") if "pass_at_k" in row], {}
+    for t in (iterations[0], iterations[-1]) if len(iterations) > 1 else ():
+        greedy, samples = (grouped(read_jsonl(folder / f"iter_{t:02d}" / name)) for name in ("val_greedy.jsonl", "val_samples.jsonl"))
+        for prompt, rows in samples.items():
+            table.setdefault(prompt, []).append(prompt_figures(greedy[prompt][0], rows))
+    return table
+
+
+def kinds_of_runs(runs: list[str]) -> tuple[list[dict], list[str]]:
+    """([{"name", "seeds": {seed: (prompts, looks, figures)}}], one for all runs with the same flags; runs that looked once only, so they show no change).
+
+    Raises InputError if the runs cannot be compared: other prompts, another K, or the same flags and seed twice.
+    """
+    kinds, once, first = {}, [], {}
+    for run in runs:
+        flags, looks = flags_of(Path(run) / "03_self_evolve"), looks_of(Path(run) / "03_self_evolve")
+        if not looks:
+            once.append(run)
+            continue
+        if first.setdefault("prompts", list(looks)) != list(looks) or first.setdefault("samples", flags["samples"]) != flags["samples"]:
+            raise InputError(f"{run} looked at other prompts, or with another K, than the runs before it; compare runs with the same --val and --samples")
+        same = json.dumps({k: v for k, v in flags.items() if k not in ("seed", "policy", "prm", "validate_every")}, sort_keys=True)
+        seeds = kinds.setdefault(same, {"name": run, "seeds": {}})["seeds"]
+        if flags["seed"] in seeds:
+            raise InputError(f"{run} has the flags and the seed of another run; give one of them")
+        seeds[flags["seed"]] = np.array([[[float(look[name]) for name in LOOKED_AT] for look in pair] for pair in looks.values()])
+    return list(kinds.values()), once
+
+
 def dynamics_table(runs: list[str], args: Args) -> str:
-    """What training changed on validation, from the first look to the last, over all the runs: intervals paired over runs and prompts."""
-    table: dict = {}
-    for folder in (Path(run) / "03_self_evolve" for run in runs):
-        looks = [row["iteration"] for row in read_jsonl(folder / "metrics.jsonl") if "pass_at_k" in row]
-        if len(looks) < 2:
-            raise InputError(f"{folder} looked at the dynamics once only (--validate_every); leave it out")
-        for when, t in (("first look", looks[0]), ("last look", looks[-1])):
-            greedy, samples = (grouped(read_jsonl(folder / f"iter_{t:02d}" / name)) for name in ("val_greedy.jsonl", "val_samples.jsonl"))
-            if table and list(samples) != prompts:
-                raise InputError(f"{folder} looked at other prompts than {runs[0]}; compare runs with the same --val")
-            prompts, figures = list(samples), [prompt_figures(greedy[prompt][0], rows) for prompt, rows in samples.items()]
-            for name in ("greedy", "pass_at_k", "reward_pass_at_2"):
-                table.setdefault(name, {}).setdefault(when, []).append([float(row[name]) for row in figures])
-    lines = [f"| {len(runs)} runs, validation | first look | last look | difference |", "|---|---|---|---|"]
-    for name, looks in table.items():
-        first, last = (np.array(looks[when]) for when in ("first look", "last look"))  # (runs, prompts)
-        change = crossed_interval(last - first, args.resamples)
-        lines.append(f"| {FIGURES[name]} | {100 * first.mean():.1f} | {100 * last.mean():.1f} | {show(change, '+')} |")
+    """What training changed on validation, from the first look to the last, for every kind of runs, and how far that differs from the first kind.
+
+    Runs of one kind differ in nothing but their seed (and what that made: warm-up, PRM); intervals are over seeds and prompts,
+    between kinds paired over the seeds that both have.
+    """
+    kinds, once = kinds_of_runs(runs)
+    plural = lambda n: f"{n} seed{'s' * (n > 1)}"
+    lines = [f"{run} looked at the dynamics once only (--validate_every): it is in no table" for run in once]
+    for kind in kinds:
+        looks, against = np.stack(list(kind["seeds"].values())), ""  # (seeds, prompts, 2, figures)
+        both = [seed for seed in kinds[0]["seeds"] if seed in kind["seeds"]]
+        if kind is not kinds[0] and both:
+            against = f" less that of {kinds[0]['name']}, {plural(len(both))} |"
+        lines += ["", f"| {kind['name']}, {plural(len(looks))}, validation | first look | last look | change |" + against, "|---|---|---|---|" + "---|" * bool(against)]
+        for k, name in enumerate(LOOKED_AT):
+            first, last = looks[..., 0, k], looks[..., 1, k]  # (seeds, prompts)
+            cells = [f"{100 * first.mean():.1f}", f"{100 * last.mean():.1f}", show(crossed_interval(last - first, args.resamples), "+")]
+            if against:
+                changes = [np.stack([of["seeds"][seed][:, 1, k] - of["seeds"][seed][:, 0, k] for seed in both]) for of in (kind, kinds[0])]
+                cells.append(show(crossed_interval(changes[0] - changes[1], args.resamples), "+"))
+            lines.append(f"| {FIGURES[name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -445,12 +493,13 @@ def study_table(rows: list[dict], args: Args) -> str:
     stack = lambda name, seeds, split: np.array([[int(v) for v in of[name][s]["verdicts"][split]] for s in seeds], float)  # (seeds, prompts)
     share = lambda r: show({"mean": r["mean"], "low": max(r["low"], 0.0), "high": min(r["high"], 1.0)})
     spent = lambda name, key: round(sum(row[key] for row in of[name].values()) / len(of[name]))
-    lines = ["| | test (ID) | ood | seeds | paper ID / OOD | samples + extra | steps | flags of 03_self_evolve.py |", "|---|---|---|---|---|---|---|---|"]
+    steps_of = lambda name: f"{spent(name, 'steps')}" + f" + {(more := spent(name, 'extra_steps'))}" * bool(more)
+    lines = ["| | test (ID) | ood | seeds | paper ID / OOD | samples + extra | steps + extra | flags of 03_self_evolve.py |", "|---|---|---|---|---|---|---|---|"]
     for name in names:
         seeds, first = sorted(of[name]), next(iter(of[name].values()))
         cells = [share(crossed_interval(stack(name, seeds, split), args.resamples)) for split in ("test", "ood")]
         paper = f"{first['paper_id']} / {first['paper_ood']}" if first["paper_id"] else "-"
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {len(seeds)} | {paper} | {spent(name, 'samples')} + {spent(name, 'extra_samples')} | {first['steps']} | `{first['flags']}` |")
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {len(seeds)} | {paper} | {spent(name, 'samples')} + {spent(name, 'extra_samples')} | {steps_of(name)} | `{first['flags']}` |")
     lines += ["", "| paired difference | test (ID) | ood | seeds |", "|---|---|---|---|"]
     if wrong := [pair for pair in args.against if pair.count("/") != 1 or args.against != Args().against and not set(pair.split("/")) <= set(names)]:
         raise InputError(f"--against takes pairs of rows A/B of {args.study}, found {wrong}")
@@ -544,17 +593,18 @@ def main(args: Args) -> None:
     if args.study:
         return print(study_table(read_jsonl(args.study), args))
     if len(args.runs) > 1:
+        table = dynamics_table(args.runs, args)
         compare_runs(args.runs, Path(args.runs[0]) / "compare.png")
-        return print(f"wrote {args.runs[0]}/compare.png\n{dynamics_table(args.runs, args)}")
+        return print(f"wrote {args.runs[0]}/compare.png\n{table}")
     args.runs = args.runs[0]
     runs = Path(args.runs)
-    paths = {"base": Path(args.model), "warm-up": runs / "01_warmup" / "model", "M-STaR": runs / "03_self_evolve" / "model"}
-    reward_model, metrics = runs / "02_train_prm" / "model", runs / "03_self_evolve" / "metrics.jsonl"
+    metrics, nothing_yet = runs / "03_self_evolve" / "metrics.jsonl", M_STAR | {"policy": "", "prm": "", "aggregate": args.aggregate}
+    trained = flags_of(metrics.parent) if metrics.exists() else nothing_yet  # open_run says what to run first
+    paths, reward_model = policies_of(runs, trained, args.model), Path(trained["prm"] or runs / "02_train_prm" / "model")
     if unknown := set(args.benchmarks) - set(BENCHMARKS):
         raise InputError(f"--benchmarks knows {', '.join(BENCHMARKS)}, not {', '.join(sorted(unknown))}")
     benchmarks = {name: make_benchmark(name, Path(args.data_root) / name) for name in args.benchmarks}
-    trained = flags_of(metrics.parent) if paths["M-STaR"].exists() else {}  # where it is missing, open_run says what to run first
-    if trained and trained["aggregate"] != args.aggregate:
+    if trained["aggregate"] != args.aggregate:
         raise InputError(f"stage 03 selected with --aggregate {trained['aggregate']}, so its policy is judged with that: give the same flag here")
     out = open_run(args, "04_eval", {"test": args.test, "ood": args.ood, **{"model" if name == "base" else name: path for name, path in paths.items()}, "prm": reward_model, **benchmarks})
     if (out / "report.json").exists():
@@ -571,7 +621,7 @@ def main(args: Args) -> None:
 
     rows = predict(out / "predictions.jsonl", paths, splits, 1 + args.samples, greedy_and_samples, args, "04 eval")
     report = summarize(sorted(rows, key=lambda row: (list(splits).index(row["split"]), list(paths).index(row["policy"]))), args)
-    first, by_id = list(grouped([r for r in rows if (r["split"], r["policy"]) == ("test", "warm-up")]).values()), by_id_of(splits["test"])
+    first, by_id = list(grouped([r for r in rows if (r["split"], r["policy"]) == ("test", list(paths)[1])]).values()), by_id_of(splits["test"])
     prm_report = {"verifier": verifier(first, args), "reranker": reranker(first, by_id, checker, args)}
     text = markdown(report, args) + prm_markdown(prm_report)
     if asked:

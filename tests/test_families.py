@@ -281,7 +281,7 @@ def test_the_stages_run(family, tmp_path, monkeypatch):
     for script, own in (("01_warmup", dict(model=str(folder), samples=6, steps=2)),
                         ("02_train_prm", dict(val=str(prompts / "val.jsonl"), prompts=10, samples=6, rollouts=2, held_out=0.5, epochs=1, val_samples=4,
                                               chain_checker=f"{ROOT}/tests/toy.py:judge")),
-                        ("03_self_evolve", dict(val=str(prompts / "val.jsonl"), passes=0.5, interval=0.5, samples=4, steps=2, dtype="bfloat16",
+                        ("03_self_evolve", dict(val=str(prompts / "val.jsonl"), passes=0.5, interval=0.5, samples=4, steps=2, temperature="1.0", dtype="bfloat16",
                                                 gradient_checkpointing=True))):
         module = stage(script)
         module.main(module.Args(**shared, **own))

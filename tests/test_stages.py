@@ -82,6 +82,7 @@ def test_evolving_selects_at_most_two_right_responses_by_min_step_reward(finishe
     for row in metrics[1:]:
         samples, selected = (rows(out / f"iter_{row['iteration']:02d}/{name}.jsonl") for name in ("samples", "selected"))
         assert len(samples) == 16 * 3 == row["samples"] and len(selected) == row["selected"] and row["prompts"] == 16
+        assert row["trained"] == min(len(selected), 3 * 16) and row["extra_steps"] == 0  # three steps of 16 responses
         for sample in samples:
             assert sample["reward"] == (min(sample["step_scores"]) if sample["correct"] else 0.0) and sample["iteration"] == row["iteration"]
         for prompt in {s["id"] for s in selected}:
@@ -101,6 +102,14 @@ def test_metrics_and_temperature_follow_from_the_samples(finished):
         assert row["reward_pass_at_2"] == sum(any(s["correct"] for s in p) for p in top) / len(greedy)
     (search,) = rows(out / "temperature.jsonl")  # after iteration 2; nothing follows iteration 3
     assert search["iteration"] == 2 and [c["temperature"] for c in search["curves"]["all"]] == [0.5, 1.0]
+    drawn = rows(out / "iter_02/search.jsonl")
+    for curve, point in zip(search["curves"]["all"], search["curves"]["pass_at_k"]):
+        of = {}
+        for row in drawn:
+            of.setdefault(row["id"], []).append(row) if row["temperature"] == curve["temperature"] else None
+        top = [sorted(mine, key=lambda s: (-s["reward"], s["sample"]))[:2] for mine in of.values()]
+        assert curve["objective"] == sum(any(s["correct"] for s in two) for two in top) / 4  # Reward-Pass@2 of the search's 4 prompts
+        assert point["pass_at_k"] == sum(any(s["correct"] for s in mine) for mine in of.values()) / 4
     best = max(c["objective"] for c in search["curves"]["all"])
     assert search["choice"]["all"] == max(c["temperature"] for c in search["curves"]["all"] if c["objective"] == best)  # a tie goes to the nearest to 1.0
     assert rows(out / "metrics.jsonl")[3]["temperature"] == search["choice"]["all"]

@@ -144,12 +144,15 @@ def test_mix_in_halves_the_labelled_prompts_from_its_share_of_training_on():
 
 def test_hidden_answers_reach_no_mode_but_oracle(place):
     flags = dict(unlabeled="vote", select="top_k")
-    before = {p.name: p.read_bytes() for p in (evolve_as("vote1", place, **flags) / "iter_01").iterdir()}
+    before = contents(evolve_as("vote1", place, **flags))
     path = place / "data/toy/unlabeled.jsonl"
     spoiled = [{**{k: v for k, v in row.items() if k not in ("grid", "plan")}, "answer": "999"} for row in rows(path)]
     common.write_jsonl(path, spoiled)
-    after = {p.name: p.read_bytes() for p in (evolve_as("vote2", place, **flags) / "iter_01").iterdir()}
-    assert before == after and b"unlabeled-" in before["samples.jsonl"]
+    after = contents(evolve_as("vote2", place, **flags))
+    assert {name for name in before if before[name] != after.get(name)} == {"run.json"} and before.keys() == after.keys()  # it holds the file's digest
+    drawn, metrics = before["iter_01/samples.jsonl"], before["metrics.jsonl"][1]
+    unlabeled = {r["id"]: [s["answer"] for s in drawn if s["id"] == r["id"]] for r in drawn if r["id"].startswith("unlabeled-")}
+    assert unlabeled and metrics["no_vote"] == sum(not any(answers) for answers in unlabeled.values()) and len(unlabeled) == metrics["prompts"] / 2
     assert all(set(row) == {"id", "image", "question", "choices", "source", "answer", "where"} and row["answer"] is None
                for row in common.load_examples(path, hidden=True))
     oracle = rows(evolve_as("oracle", place, **flags | {"unlabeled": "oracle"}) / "iter_01/samples.jsonl")
@@ -176,7 +179,7 @@ def test_votes_and_best_of_n_over_n_by_hand():
                      4: {"majority": 0.5, "best_of_n": 1.0, "weighted": 0.5}}  # q: three votes for 5, which weigh 0.6; 0.4 is the largest reward
 
 
-def test_several_runs_are_drawn_together_and_what_training_changed_is_counted_by_hand(tmp_path):
+def test_several_runs_are_drawn_together_and_what_training_changed_is_counted_by_hand(tmp_path, monkeypatch):
     def look(folder, right, **looked):  # right: per prompt the greedy verdict and those of K = 2 samples
         (folder / f"iter_{looked['iteration']:02d}").mkdir(parents=True)
         greedy = [{"id": p, "answer": "1", "correct": r[0]} for p, r in right.items()]
@@ -185,28 +188,47 @@ def test_several_runs_are_drawn_together_and_what_training_changed_is_counted_by
             common.write_jsonl(folder / f"iter_{looked['iteration']:02d}" / f"{name}.jsonl", made)
         return {"temperature": 1.0, "greedy_accuracy": 0.0, "pass_at_k": 0.0, "reward_pass_at_2": 0.0, **looked}
 
-    for run, last in (("a", {"p": (1, 1, 0), "q": (1, 0, 1)}), ("b", {"p": (1, 1, 1), "q": (0, 0, 0)})):
-        folder = tmp_path / run / "03_self_evolve"
-        looks = [look(folder, {"p": (0, 0, 0), "q": (0, 1, 1)}, iteration=0), {"iteration": 1, "temperature": 1.0}, look(folder, last, iteration=2)]
-        common.write_jsonl(folder / "metrics.jsonl", looks)
-        common.write_json(folder / "run.json", {"flags": {"method": "continuous", "passes": 2.0, "interval": 1.0}})
-    runs = [str(tmp_path / run) for run in "ab"]
+    def finish(run, looks, **flags):
+        common.write_jsonl(tmp_path / run / "03_self_evolve" / "metrics.jsonl", looks)
+        common.write_json(tmp_path / run / "03_self_evolve" / "run.json", {"flags": {"method": "continuous", "passes": 2.0, "interval": 1.0, "samples": 2, "k": 2, **flags}})
+        return str(tmp_path / run)
+
+    def two_looks(run, first, last):
+        return [look(tmp_path / run / "03_self_evolve", first, iteration=0), {"iteration": 1, "temperature": 1.0}, look(tmp_path / run / "03_self_evolve", last, iteration=2)]
+
+    start = {"p": (0, 0, 0), "q": (0, 1, 1)}
+    runs = [finish("a", two_looks("a", start, {"p": (1, 1, 0), "q": (1, 0, 1)}), seed=0), finish("b", two_looks("b", start, {"p": (1, 1, 1), "q": (0, 0, 0)}), seed=1)]
+    drawn = []
+    monkeypatch.setattr(evaluate.Figure, "savefig", lambda self, path, dpi: drawn.append([[line.get_xydata().tolist() for line in axis.get_lines()] for axis in self.axes]))
+    metrics = rows(tmp_path / "a/03_self_evolve/metrics.jsonl")
+    metrics[0]["greedy_accuracy"], metrics[2]["pass_at_k"], metrics[1]["temperature"] = 0.25, 0.75, 0.5
+    common.write_jsonl(tmp_path / "a/03_self_evolve/metrics.jsonl", metrics)
     evaluate.compare_runs(runs, tmp_path / "compare.png")
-    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
-    greedy, passed, rewarded = evaluate.dynamics_table(runs, evaluate.Args(resamples=50)).splitlines()[2:]
+    ((accuracy, passed, _, temperature),) = drawn  # one line per run in each; x is the share of training, y percent
+    assert accuracy == [[[0.0, 25.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]] and passed == [[[0.0, 0.0], [1.0, 75.0]], [[0.0, 0.0], [1.0, 0.0]]]
+    assert temperature == [[[0.0, 1.0], [0.5, 0.5], [1.0, 1.0]], [[0.0, 1.0], [0.5, 1.0], [1.0, 1.0]]]
+
+    args = evaluate.Args(resamples=50)
+    greedy, passed, rewarded = evaluate.dynamics_table(runs, args).splitlines()[3:]
     assert greedy.startswith("| greedy accuracy | 0.0 | 75.0 | +75.0 [")  # first 0 of 4, last 3 of 4
     assert passed.startswith("| Pass@K | 50.0 | 75.0 | +25.0 [") and rewarded.startswith("| Reward-Pass@2 | 50.0 | 75.0 | +25.0 [")  # of K = 2 the top two are all
 
-    other = tmp_path / "c" / "03_self_evolve"
-    first = look(other, {"p": (0, 0, 0), "r": (0, 0, 0)}, iteration=0)
-    common.write_jsonl(other / "metrics.jsonl", [first])
-    with pytest.raises(common.InputError, match="c/03_self_evolve holds no run"):
-        evaluate.compare_runs([*runs, str(tmp_path / "c")], tmp_path / "compare.png")
-    with pytest.raises(common.InputError, match="once only"):
-        evaluate.dynamics_table([*runs, str(tmp_path / "c")], evaluate.Args(resamples=50))
-    common.write_jsonl(other / "metrics.jsonl", [first, look(other, {"p": (0, 0, 0), "r": (0, 0, 0)}, iteration=1)])
-    with pytest.raises(common.InputError, match="other prompts than"):
-        evaluate.dynamics_table([*runs, str(tmp_path / "c")], evaluate.Args(resamples=50))
+    c = finish("c", two_looks("c", start, {"p": (0, 0, 0), "q": (1, 0, 0)}), seed=1, k=1)  # another kind of run: never pooled with a and b, but compared
+    second = evaluate.dynamics_table([*runs, c], args).splitlines()[7:]
+    assert second[0] == f"| {c}, 1 seed, validation | first look | last look | change | less that of {runs[0]}, 1 seed |"
+    assert second[2].startswith("| greedy accuracy | 0.0 | 50.0 | +50.0 [") and second[2].split("|")[5].startswith(" +0.0 [")  # c +50 on q; b, of the same seed, +50 on p
+    assert second[3].startswith("| Pass@K | 50.0 | 0.0 | -50.0 [") and second[3].split("|")[5].startswith(" -50.0 [")
+
+    once = finish("once", [look(tmp_path / "once/03_self_evolve", start, iteration=0)], seed=2)
+    assert evaluate.dynamics_table([once, *runs], args).splitlines()[0] == f"{once} looked at the dynamics once only (--validate_every): it is in no table"
+    with pytest.raises(common.InputError, match="d/03_self_evolve holds no run"):
+        evaluate.dynamics_table([*runs, str(tmp_path / "d")], args)
+    others = {"p": (0, 0, 0), "r": (0, 0, 0)}
+    for run, flags, looks in (("e", {"seed": 2}, two_looks("e", others, others)), ("f", {"seed": 2, "samples": 3}, two_looks("f", start, start))):
+        with pytest.raises(common.InputError, match="other prompts, or with another K"):
+            evaluate.dynamics_table([*runs, finish(run, looks, **flags)], args)
+    with pytest.raises(common.InputError, match="has the flags and the seed of another run"):
+        evaluate.dynamics_table([*runs, runs[0]], args)
 
 
 def test_the_rerankers_top_2_are_compared_with_the_rest_prompt_by_prompt():
@@ -240,6 +262,7 @@ def test_a_refreshed_prm_serves_the_search_and_the_iterations_after_it(place):
     flags = json.loads((refreshed / "run.json").read_text())["flags"]
     assert flags["seed"] == common.seed_of(0, "refresh", 1)  # no draw of the first PRM is drawn again
     assert flags["prompts"] == 32 and len(rows(refreshed / "samples.jsonl")) == 32 * 6
+    assert [m["extra_steps"] for m in rows(out / "metrics.jsonl")] == [0, json.loads((refreshed / "metrics.json").read_text())["steps"], 0] != [0, 0, 0]
     assert [m["extra_samples"] for m in rows(out / "metrics.jsonl")] == [0, drawn + 2 * 4 * 3, 0]  # and a search: 2 temperatures, 4 prompts, K = 3
 
 
@@ -250,6 +273,14 @@ def test_temperature_per_class_goes_by_the_share_of_right_samples_of_each_prompt
     (search,) = rows(out / "temperature.jsonl")
     names, solved, seen = [name for name in search["choice"] if name != "all"], {}, set()
     assert search["choice"]["all"] == 0.9 and names and [search["choice"][name] for name in names] == [0.8, 0.7, 0.6][:len(names)]
+    drawn = {}
+    for row in rows(out / "iter_01/search.jsonl"):
+        drawn.setdefault(row["id"], []).append(row)
+    kind_of = {p: "hard" if (s := sum(r["correct"] for r in mine) / len(mine)) < 1 / 3 else "middle" if s < 2 / 3 else "easy" for p, mine in drawn.items()}
+    for name in ("all", *names):  # the objective of a class is Reward-Pass@2 of its own prompts
+        top = [sorted(mine, key=lambda r: -r["reward"])[:2] for p, mine in drawn.items() if name in ("all", kind_of[p])]
+        assert search["curves"][name][0]["objective"] == sum(any(r["correct"] for r in two) for two in top) / len(top)
+    assert set(names) == set(kind_of.values())
     for row in rows(out / "iter_01/samples.jsonl"):
         solved.setdefault(row["id"], []).append(row["correct"])
     for row in rows(out / "iter_02/samples.jsonl"):  # every prompt again
@@ -257,6 +288,46 @@ def test_temperature_per_class_goes_by_the_share_of_right_samples_of_each_prompt
         seen.add(kind := "hard" if share < 1 / 3 else "middle" if share < 2 / 3 else "easy")
         assert row["temperature"] == search["choice"].get(kind, 0.9)
     assert seen & set(names)
+
+
+def test_a_class_is_read_at_all_temperatures_and_one_of_too_few_prompts_gets_no_temperature_of_its_own(place, monkeypatch):
+    val, right = [{"id": f"v{i}"} for i in range(16)], {0.5: [0, 0, 1, 1], 1.0: [1, 1, 1, 1]}  # of v0: 6 of 8; at T = 1.0 alone it would be easy, at 0.5 middle
+    drawn = [{"id": e["id"], "temperature": T, "correct": bool(c and (e["id"] in ("v0", "v1"))) or e["id"] == "v2", "reward": 0.5} for T in right for e in val for c in right[T]]
+    monkeypatch.setattr(evolve, "append_chunks", lambda *rest: drawn)
+    args = evolve.Args(temperature="per_class", search_grid=[0.5, 1.0], samples=4)
+    choice, curves = evolve.adapt_temperature(None, None, val, place, 2, {"all": 1.0}, args)
+    assert set(choice) == {"all", "easy", "hard"}  # easy: v0, v1, v2, of which none could stand alone; hard: 13
+    monkeypatch.setitem(right, 0.5, [0, 0, 0, 0])
+    drawn[:] = [{"id": e["id"], "temperature": T, "correct": bool(c and e["id"] == "v0"), "reward": 0.5} for T in right for e in val for c in right[T]]
+    choice, curves = evolve.adapt_temperature(None, None, val, place, 2, {"all": 1.0}, args)
+    assert set(choice) == {"all", "hard"}  # v0 is right in 4 of 8, so it is middle, but one prompt of 16 is less than an eighth
+    assert [c["objective"] for c in curves["all"]] == [0.0, 1 / 16] and [c["objective"] for c in curves["hard"]] == [0.0, 0.0]
+
+
+def test_the_search_maximises_what_the_objective_says_and_the_aggregate_rules_every_reward(place):
+    out = evolve_as("pass", place, temperature="adaptive", objective="pass_at_k", search_every=1, search_prompts=4, search_grid=[0.5, 1.0], aggregate="mean")
+    (search,), drawn = rows(out / "temperature.jsonl"), rows(out / "iter_01/search.jsonl")
+    for curve, point in zip(search["curves"]["all"], search["curves"]["pass_at_k"]):
+        of = {}
+        for row in drawn:
+            of.setdefault(row["id"], []).append(row["correct"]) if row["temperature"] == curve["temperature"] else None
+        assert curve["objective"] == point["pass_at_k"] == sum(map(any, of.values())) / 4
+    scored = [row for name in ("samples", "val_samples", "search") for row in rows(out / f"iter_01/{name}.jsonl") if row["step_scores"] and row["reward"] > 0]
+    assert len(scored) > 8 and any(len(set(row["step_scores"])) > 1 for row in scored)
+    assert all(row["reward"] == pytest.approx(sum(row["step_scores"]) / len(row["step_scores"]), abs=2e-6) for row in scored)
+
+
+def test_a_variant_with_a_policy_and_prm_from_elsewhere_is_judged_under_its_own_name(place, capsys):
+    shared = dict(policy="runs/toy/01_warmup/model", prm="runs/toy/02_train_prm/model")
+    evolve.main(evolve.Args(runs="runs/variant", **SHORT | shared | {"method": "rest_em"}))
+    assert "next: python 04_eval.py --runs runs/variant" in capsys.readouterr().out
+    evaluate.main(evaluate.Args(runs=["runs/variant"], device="cpu", samples=3, resamples=20, max_new_tokens=60))
+    report = json.loads((place / "runs/variant/04_eval/report.json").read_text())
+    assert list(report["test"]) == ["base", "warm-up", "evolved"]
+    while common.LOCKS:
+        common.LOCKS.pop().close()
+    with pytest.raises(common.InputError, match="--aggregate min, so its policy is judged with that"):
+        evaluate.main(evaluate.Args(runs=["runs/variant"], device="cpu", samples=3, resamples=20, max_new_tokens=60, aggregate="mean"))
 
 
 @pytest.mark.parametrize("flags", [
@@ -308,10 +379,10 @@ def test_intervals_over_seeds_and_prompts_are_paired_and_collapse_without_spread
 
 
 def test_the_study_table_holds_hand_counted_means_and_paired_differences():
-    made = [{"name": name, "seed": seed, "paper_id": 1.0, "paper_ood": 2.0, "samples": 8, "extra_samples": 5, "steps": 3, "flags": "", "data": {}, "shared_flags": [],
-             "verdicts": {"test": v, "ood": v}} for name, seed, v in (("A", 0, "1100"), ("B", 0, "1000"), ("A", 1, "1110"), ("B", 1, "1100"), ("A", 2, "0000"))]
+    made = [{"name": name, "seed": seed, "paper_id": 1.0, "paper_ood": 2.0, "samples": 8, "extra_samples": 5, "steps": 3, "extra_steps": 2 * (name == "A"),
+             "flags": "", "data": {}, "shared_flags": [], "verdicts": {"test": v, "ood": v}} for name, seed, v in (("A", 0, "1100"), ("B", 0, "1000"), ("A", 1, "1110"), ("B", 1, "1100"), ("A", 2, "0000"))]
     table = evaluate.study_table(made, evaluate.Args(against=["A/B"], resamples=200)).splitlines()
-    assert table[2].startswith("| A | 41.7 [") and "| 3 | 1.0 / 2.0 | 8 + 5 | 3 |" in table[2] and table[3].startswith("| B | 37.5 [")
+    assert table[2].startswith("| A | 41.7 [") and "| 3 | 1.0 / 2.0 | 8 + 5 | 3 + 2 |" in table[2] and table[3].startswith("| B | 37.5 [") and "| 8 + 5 | 3 |" in table[3]
     assert table[-1].startswith("| A - B | +25.0 [") and table[-1].endswith("| 2 |")  # the two seeds that both rows have
     twins = [{**row, "name": name} for row in made if row["name"] == "A" for name in "AB"]  # the same verdicts: paired, they differ by nothing
     assert evaluate.study_table(twins, evaluate.Args(against=["A/B"], resamples=200)).endswith("| A - B | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | 3 |")
@@ -328,13 +399,13 @@ def drivers(world, tmp_path):
     shutil.copytree(world, tmp_path / "data/toy")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     command = [sys.executable, str(ROOT / "tests/study.py"), "--seeds", "0", "--extra01", "--steps 4 --samples 4",
-               "--extra02", "--prompts 30 --samples 6 --rollouts 2 --epochs 1 --held_out 0.4 --val_samples 4", "--extra", "--passes 1 --interval 0.5 --samples 3 --steps 4"]
+               "--extra02", "--prompts 30 --samples 6 --rollouts 2 --epochs 1 --held_out 0.4 --val_samples 4", "--extra", "--passes 1 --interval 0.5 --samples 3 --steps 4 --search_every 1"]
     return tmp_path, command, {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
 def test_a_killed_study_goes_on_without_repeating_finished_rows(drivers):
     folder, command, env = drivers
-    command += ["--only", "warm-up", "Top-2", "base"]
+    command += ["--only", "warm-up", "Random-2", "Top-2", "base"]
     table, evolving = folder / "runs/study/rows.jsonl", folder / "runs/study/seed0/Top-2/03_self_evolve/iter_01"
     driver = subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
     while not evolving.exists():
@@ -342,15 +413,16 @@ def test_a_killed_study_goes_on_without_repeating_finished_rows(drivers):
         time.sleep(0.02)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
-    first, made = rows(table), (folder / "runs/study/seed0/02_train_prm/metrics.json").stat().st_mtime_ns
-    assert [r["name"] for r in first] == ["warm-up"]
+    first, finished = rows(table), [folder / "runs/study/seed0" / name for name in ("02_train_prm/metrics.json", "Random-2/03_self_evolve/model/model.safetensors")]
+    made = [path.stat().st_mtime_ns for path in finished]
+    assert [r["name"] for r in first] == ["warm-up", "Random-2"]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [r["name"] for r in rows(table)] == ["base", "warm-up", "Top-2"] and rows(table)[1] == first[0]  # in the order of the paper's tables
-    assert (folder / "runs/study/seed0/02_train_prm/metrics.json").stat().st_mtime_ns == made
-    assert all(len(r["verdicts"]["test"]) == 6 and len(r["verdicts"]["ood"]) == 4 for r in rows(table)) and rows(table)[2]["samples"] == 32 * 3
+    assert [r["name"] for r in rows(table)] == ["base", "warm-up", "Random-2", "Top-2"] and rows(table)[1:3] == first  # in the order of the paper's tables
+    assert [path.stat().st_mtime_ns for path in finished] == made
+    assert all(len(r["verdicts"]["test"]) == 6 and len(r["verdicts"]["ood"]) == 4 for r in rows(table)) and rows(table)[3]["samples"] == 32 * 3
     other = subprocess.run([c.replace("--steps 4", "--steps 5") for c in command], cwd=folder, env=env, capture_output=True, text=True)
-    assert other.returncode and "made with" in other.stderr and len(rows(table)) == 3
+    assert other.returncode and "made with" in other.stderr and len(rows(table)) == 4
 
 
 def test_two_drivers_share_a_study_and_a_refused_row_stops_no_other(drivers):
@@ -386,7 +458,8 @@ def test_a_pass_shows_every_prompt_once_and_no_iteration_shows_one_twice():
     ({"unlabeled": "vote", "mixin": 0.3}, "whole number"), ({"unlabeled": "vote", "mixin": 1.0}, "below 1"), ({"mixin": 0.5}, "--unlabeled"),
     ({"validate_every": -1}, "--validate_every"), ({"interval": 0.0}, "--interval"), ({"interval": 0.3}, "whole number"), ({"passes": 1.1}, "multiple"), ({"search_grid": [0.0, 1.0]}, "--search_grid"),
     ({"search_grid": [1.0, 1.0]}, "--search_grid"), ({"method": "sft", "gold_response": "Answer"}, "--gold_response"), ({"prm_refresh": 8}, "no PRM"),
-    ({"vote_weights": "equal"}, "--unlabeled vote"), ({"method": "sft", "prm_refresh": 1}, "sft")])
+    ({"vote_weights": "equal"}, "--unlabeled vote"), ({"interval": 1.0}, "no search"), ({"temperature": "per_class", "search_every": 8}, "no search"),
+    ({"temperature": "1.0", "objective": "pass_at_k"}, "nothing is searched"), ({"method": "sft", "prm_refresh": 1}, "sft")])
 def test_flags_that_cannot_be_meant_are_refused(flags, says):
     with pytest.raises(common.InputError, match=says):
         evolve.check_flags(evolve.Args(**flags))
@@ -402,7 +475,8 @@ def test_looking_less_often_changes_no_sample_and_no_weight(place):
 
 def test_the_readme_shows_what_its_study_command_prints_and_every_row_is_one_of_the_study():
     measured, readme = common.read_jsonl(ROOT / "tests/study_rows.jsonl"), (ROOT / "README.md").read_text().splitlines()
-    assert [line for line in evaluate.study_table(measured, evaluate.Args()).splitlines() if line not in readme] == []
+    section = readme[next(i for i, line in enumerate(readme) if line.startswith("## The study")):readme.index("## I have a GPU")]
+    assert [line for line in section if line.startswith("|")] == [line for line in evaluate.study_table(measured, evaluate.Args()).splitlines() if line]
     for row in measured:
         assert row["flags"] == " ".join((study.ROWS[row["name"]][2] or "").split()) and row["shared_flags"] == ["", ""]
         assert {split: len(verdicts) for split, verdicts in row["verdicts"].items()} == {"test": 500, "ood": 300}
