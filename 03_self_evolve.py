@@ -27,7 +27,9 @@ Departures from the paper:
     python 03_self_evolve.py --method iterative_rft --interval 1 --select all --temperature 1.0 --runs runs/rft --policy runs/toy/01_warmup/model --prm runs/toy/02_train_prm/model
 """
 
+import contextlib
 import importlib
+import io
 import json
 import math
 import time
@@ -99,15 +101,20 @@ def prompts_between(examples: list[dict], start: int, stop: int, *key) -> list[d
 def choose_prompts(examples: list[dict], unlabeled: list[dict], t: int, iterations: int, args: Args) -> list[dict]:
     """D_t; after the share T_mixin of the iterations every second prompt is an unlabelled one (paper, section 3.4).
 
-    A pass over the examples is a whole number of iterations, so no iteration holds one of them twice; a pass over the
-    unlabelled ones may end within an iteration.
+    A pass over the examples is a whole number of iterations, and one over the unlabelled ones ends where they no longer suffice
+    for an iteration, so none holds a prompt twice. Raises InputError if they do not suffice for one.
     """
-    consumed = lambda t: len(examples) * t // round(1 / args.interval)  # by the end of iteration t
-    prompts, before = prompts_between(examples, consumed(t - 1), consumed(t), args.seed, "prompts"), round(args.mixin * iterations)
+    parts, before = round(1 / args.interval), round(args.mixin * iterations)
+    consumed = lambda t: len(examples) * t // parts  # by the end of iteration t
+    prompts = prompts_between(examples, consumed(t - 1), consumed(t), args.seed, "prompts")
     if not unlabeled or t <= before:
         return prompts
-    start, stop = ((consumed(s) - consumed(before)) // 2 for s in (t - 1, t))
-    return prompts[:len(prompts) - (stop - start)] + prompts_between(unlabeled, start, stop, args.seed, "unlabeled")
+    widest, wanted = math.ceil(math.ceil(len(examples) / parts) / 2), (consumed(t) - consumed(before)) // 2 - (consumed(t - 1) - consumed(before)) // 2
+    if widest > len(unlabeled):
+        raise InputError(f"{args.unlabeled_data} holds {len(unlabeled)} prompts, fewer than the {widest} that one iteration takes; lower --interval")
+    epoch, place = divmod(t - before - 1, len(unlabeled) // widest)
+    start = epoch * len(unlabeled) + place * widest
+    return prompts[:len(prompts) - wanted] + prompts_between(unlabeled, start, start + wanted, args.seed, "unlabeled")
 
 
 def gold_rows(policy, examples: list[dict], args: Args) -> list[dict]:
@@ -196,7 +203,8 @@ def refresh_prm(policy, out: Path, folder: Path, state: dict, first_prm: Path, a
               "seed": seed_of(args.seed, "refresh", state["iteration"]), "engine": args.engine, "overwrite": False}
     close_engine()  # it holds this stage's policy
     move_trainer(policy, "cpu")
-    stage.main(stage.Args(**flags))
+    with contextlib.redirect_stdout(io.StringIO()):  # its figures are in metrics.json, its advice is for a run of its own
+        stage.main(stage.Args(**flags))
     close_engine()
     move_trainer(policy, args.device)
     made = folder / "02_train_prm"
@@ -245,8 +253,8 @@ def adapt_temperature(policy, prm, val: list[dict], folder: Path, t: int, choice
     """T <- argmax over the grid of Reward-Pass@2 on fixed prompts and seeds (paper, section 5).
 
     Returns ({"all": T}, {"all": curve, "pass_at_k": Pass@K over T}); with --temperature per_class also a T and a curve for every
-    difficulty class of at least an eighth of the prompts. A prompt's class is read from its samples at all temperatures: at one
-    of them alone the class would speak for or against that very temperature.
+    difficulty class of at least an eighth of the prompts. Here a prompt's class is read from its samples at all temperatures (of
+    one alone, the class would speak for or against that very temperature); a training prompt's from those it was given.
     """
     searched = val[:args.search_prompts]
     tries = [(temperature, example) for temperature in args.search_grid for example in searched]
@@ -289,8 +297,7 @@ def check_flags(args: Args) -> int:
     except ValueError:
         fixed = math.nan
     refused = [  # (whether, what to do about it)
-        (not parts or abs(args.interval * parts - 1) > 1e-3,
-         f"--interval {args.interval} must be 1 over a whole number (1, 0.5, 0.25, 0.2, ...), so that no iteration holds a prompt twice"),
+        (not parts or abs(args.interval * parts - 1) > 1e-3, f"--interval {args.interval} must be 1 over a whole number: 1, 0.5, 0.25, 0.2, ..."),
         (not sft and abs(args.passes * parts - iterations) > 1e-3, f"--passes {args.passes} must be a multiple of --interval {args.interval}"),
         (min(args.search_every, args.search_prompts, args.k, args.samples) < 1 or min(args.validate_every, args.prm_refresh) < 0,
          "--search_every, --search_prompts, --k and --samples must be at least 1, --validate_every and --prm_refresh at least 0"),
@@ -299,11 +306,10 @@ def check_flags(args: Args) -> int:
         (sft and args.gold_response.count("{}") != 1, f"--gold_response {args.gold_response!r} must say by one {{}} where the answer stands"),
         (sft and (args.unlabeled != "none" or args.prm_refresh), "--method sft samples nothing: drop --unlabeled and --prm_refresh"),
         (args.prm_refresh and args.prm_refresh >= iterations, f"--prm_refresh {args.prm_refresh}: with {iterations} iterations no PRM would ever be refreshed"),
-        (iterations < 1 or args.steps < iterations,
-         f"--interval {args.interval}, --passes {args.passes} and --steps {args.steps} must give at least one iteration of at least one step"),
+        (iterations < 1 or args.steps < iterations, "--passes, --interval and --steps must give at least one iteration of at least one step"),
         (not 0 < fixed < math.inf, f"--temperature must be a number above 0, adaptive or per_class, found {args.temperature!r}"),  # greedy samples are all one
-        (adaptive and not sft and args.search_every >= iterations,
-         f"--search_every {args.search_every}: with {iterations} iterations no search would ever be made; lower it, or fix --temperature, say at 1.0"),
+        (adaptive and not sft and args.search_every >= iterations, f"--search_every {args.search_every}: no search in {iterations} iteration(s); make more or fix --temperature"),
+        (args.temperature == "per_class" and args.passes <= 1, f"--passes {args.passes}: --temperature per_class reads a prompt's class in an earlier pass"),
         (not adaptive and args.objective != "reward_pass_at_2", f"--objective {args.objective}: with a fixed --temperature nothing is searched"),
         (args.unlabeled != "none" and not (0 <= mixin < 1 and (mixin * iterations).is_integer()),
          f"--mixin {mixin} must be at least 0, below 1 and a whole number of the {iterations} iterations"),
@@ -321,11 +327,10 @@ def main(args: Args) -> None:
     out = open_run(args, "03_self_evolve", {"data": args.data, "val": args.val, "policy": start_from, "prm": first_prm,
                                             **({} if args.unlabeled == "none" else {"unlabeled": args.unlabeled_data})})
     if (out / "model").exists():
-        return report(out)
+        return report(out, args)
     examples, val = load_examples(args.data), load_examples(args.val)
     unlabeled = [] if args.unlabeled == "none" else load_examples(args.unlabeled_data, hidden=args.unlabeled != "oracle")
-    if unlabeled and len(unlabeled) < len(examples) * args.interval / 2:
-        raise InputError(f"{args.unlabeled_data} holds {len(unlabeled)} prompts, fewer than the half of an iteration, so some would stand in it twice; lower --interval")
+    choose_prompts(examples, unlabeled, iterations, iterations, args)  # refused now, not after hours
     policy, prm, prm_from = load_policy(start_from, args), None, None  # pi_theta, f
     check_longest_prompts(policy, examples + unlabeled + val, args)
     by_id, optimizer = by_id_of(examples, unlabeled), make_optimizer(policy)
@@ -403,10 +408,10 @@ def main(args: Args) -> None:
         write_jsonl(out / "metrics.jsonl", metrics)
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}))
     save_model(policy, out / "model")
-    report(out)
+    report(out, args)
 
 
-def report(out: Path) -> None:
+def report(out: Path, args: Args) -> None:
     """Print the dynamics as a table, the budget that was spent, and what to run next."""
     print("iteration     T  greedy  sample  Pass@K  Reward-Pass@2  selected")
     rows = read_jsonl(out / "metrics.jsonl")
@@ -415,8 +420,8 @@ def report(out: Path) -> None:
             print(f"{row['iteration']:9d} {row['temperature']:5.1f} {row['greedy_accuracy']:7.1%} {row['sample_accuracy']:7.1%} {row['pass_at_k']:7.1%} "
                   f"{row['reward_pass_at_2']:14.1%} {row.get('selected', 0):9d}")
     print(f"budget: {sum(row.get('samples', 0) for row in rows)} samples, {sum(row['extra_samples'] for row in rows)} more for the temperature and the PRM, "
-          f"{rows[-1].get('steps', 0)} optimizer steps, {sum(row['extra_steps'] for row in rows)} more for the PRM\n"
-          f"next: python 04_eval.py --runs {out.parent}")
+          f"{rows[-1].get('steps', 0)} optimizer steps, {sum(row.get('extra_steps', 0) for row in rows)} more for the PRM\n"
+          f"next: python 04_eval.py --runs {out.parent}" + f" --aggregate {args.aggregate}" * (args.aggregate != "min"))
 
 
 if __name__ == "__main__":

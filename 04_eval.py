@@ -46,10 +46,12 @@ from common import (LETTERS, InputError, ScoringArgs, append_chunks, by_id_of, c
 FIGURES = {"greedy": "greedy accuracy", "sample": "mean sample accuracy", "pass_at_k": "Pass@K", "reward_pass_at_2": "Reward-Pass@2",
            "majority": "majority vote", "best_of_n": "PRM best-of-N", "weighted": "PRM-weighted vote", "unparsable": "unparsable share"}
 LOOKED_AT = ("greedy", "pass_at_k", "reward_pass_at_2")
-M_STAR = {"method": "continuous", "select": "top_k", "k": 2, "unlabeled": "none", "temperature": "adaptive", "objective": "reward_pass_at_2", "prm_refresh": 0}
+M_STAR = {"method": "continuous", "select": "top_k", "k": 2, "unlabeled": "none", "temperature": "adaptive",
+          "objective": "reward_pass_at_2", "interval": 0.25, "aggregate": "min", "prm_refresh": 0}
 AGAINST = [  # the comparisons behind the paper's findings, and those past it
     "M-STaR/Iterative RFT 100 %", "M-STaR/ReST-EM 100 %", "continuous 100 %/Iterative RFT 100 %", "continuous 100 %/ReST-EM 100 %",
-    "continuous 25 %/Iterative RFT 100 %", "continuous 25 %/ReST-EM 100 %", "continuous 25 %/continuous 100 %", "continuous 25 %/continuous 50 %", "continuous 25 %/continuous 12.5 %", "continuous 25 %/continuous 6.25 %",
+    "continuous 25 %/Iterative RFT 100 %", "continuous 25 %/ReST-EM 100 %", "continuous 25 %/continuous 100 %", "continuous 25 %/continuous 50 %",
+    "continuous 25 %/continuous 12.5 %", "continuous 25 %/continuous 6.25 %",
     "Top-2/Random-2", "Top-2/continuous 25 %", "Top-2/PRM > alpha", "Top-2/Top-1", "Top-2/Top-4",
     "Top-1/continuous 25 %", "Top-4/continuous 25 %", "oracle without PRM/continuous 25 %", "oracle + PRM/Top-2", "oracle + PRM, mix-in 25 %/Top-2",
     "oracle + PRM, mix-in 50 %/Top-2", "oracle + PRM, mix-in 75 %/Top-2", "oracle + PRM, mix-in 75 %/oracle + PRM",
@@ -332,7 +334,7 @@ def draw_dynamics(metrics: list[dict], searches: list[dict], path: Path, k: int)
     left, *rest = figure.subplots(1, 2 if searches else 1, squeeze=False)[0]
     for key, label, style in (("pass_at_k", f"Pass@{k}", "s-"), ("reward_pass_at_2", "Reward-Pass@2", "^-"), ("greedy_accuracy", "greedy accuracy", "o-")):
         left.plot(t, [100 * row[key] for row in metrics], style, label=label)
-    left.set(xlabel="iteration (0 is the warm-up policy)", ylabel="validation prompts, %", xticks=t, title="Dynamics of self-evolving")
+    left.set(xlabel="iteration (0 is the start policy)", ylabel="validation prompts, %", xticks=t, title="Dynamics of self-evolving")
     right = left.twinx()
     right.step(t, [row["temperature"] for row in metrics], "k:", where="mid", label="temperature T (right axis)")
     right.set(ylabel="temperature", ylim=(0, 1.7))
@@ -368,11 +370,11 @@ def draw_prm(report: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def flags_of(folder: Path) -> dict:
-    """The flags of a run of stage 03; raises InputError where there is none."""
+def origin_of(folder: Path) -> dict:
+    """{"flags", "inputs"} of a run of stage 03; raises InputError where there is none."""
     if not (folder / "run.json").exists():
         raise InputError(f"{folder} holds no run; run 03_self_evolve.py first")
-    return json.loads((folder / "run.json").read_text())["flags"]
+    return json.loads((folder / "run.json").read_text())
 
 
 def policies_of(runs: Path, flags: dict, base: str) -> dict[str, Path]:
@@ -384,7 +386,8 @@ def policies_of(runs: Path, flags: dict, base: str) -> dict[str, Path]:
     """
     start = Path(flags["policy"] or runs / "01_warmup" / "model")
     became = "M-STaR" if all(flags[key] == value for key, value in M_STAR.items()) else "evolved"
-    return {"base": Path(base), "warm-up" if start.parent.name == "01_warmup" else "start": start, became: runs / "03_self_evolve" / "model"}
+    started = {} if start == Path(base) else {"warm-up" if start.parent.name == "01_warmup" else "start": start}
+    return {"base": Path(base), **started, became: runs / "03_self_evolve" / "model"}
 
 
 def compare_runs(runs: list[str], path: Path) -> None:
@@ -392,7 +395,7 @@ def compare_runs(runs: list[str], path: Path) -> None:
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes, read = figure.subplots(2, 2).flat, []
     for folder in (Path(run) / "03_self_evolve" for run in runs):
-        flags = flags_of(folder)
+        flags = origin_of(folder)["flags"]
         read.append(("/".join(folder.parts[-3:-1]), read_jsonl(folder / "metrics.jsonl"), 1 if flags["method"] == "sft" else flags["passes"] / flags["interval"]))
     for axis, (key, title, scale) in zip(axes, (("greedy_accuracy", "greedy accuracy, %", 100), ("pass_at_k", "Pass@K at the run's temperature, %", 100),
                                                 ("reward_pass_at_2", "Reward-Pass@2, %", 100), ("temperature", "temperature T", 1))):
@@ -417,24 +420,31 @@ def looks_of(folder: Path) -> dict[str, list[dict]]:
 
 
 def kinds_of_runs(runs: list[str]) -> tuple[list[dict], list[str]]:
-    """([{"name", "seeds": {seed: (prompts, looks, figures)}}], one for all runs with the same flags; runs that looked once only, so they show no change).
+    """(kinds, runs that looked once only, so that they show no change); a kind: {"name", "flags", "seeds": {seed: looks}, "inputs"}.
 
-    Raises InputError if the runs cannot be compared: other prompts, another K, or the same flags and seed twice.
+    looks is an array (prompts, first and last look, figures). Runs of one kind have the same flags; of two with the same seed,
+    which other models or data were given, the second begins another kind. Raises InputError if runs cannot be compared:
+    other prompts, another K, or one run twice.
     """
-    kinds, once, first = {}, [], {}
+    kinds, once, prompts, samples = [], [], None, None
     for run in runs:
-        flags, looks = flags_of(Path(run) / "03_self_evolve"), looks_of(Path(run) / "03_self_evolve")
+        origin, looks = origin_of(Path(run) / "03_self_evolve"), looks_of(Path(run) / "03_self_evolve")
         if not looks:
             once.append(run)
             continue
-        if first.setdefault("prompts", list(looks)) != list(looks) or first.setdefault("samples", flags["samples"]) != flags["samples"]:
+        flags, seed = {k: v for k, v in origin["flags"].items() if k not in ("seed", "policy", "prm", "validate_every")}, origin["flags"]["seed"]
+        prompts, samples = prompts or list(looks), samples or flags["samples"]
+        if list(looks) != prompts or flags["samples"] != samples:
             raise InputError(f"{run} looked at other prompts, or with another K, than the runs before it; compare runs with the same --val and --samples")
-        same = json.dumps({k: v for k, v in flags.items() if k not in ("seed", "policy", "prm", "validate_every")}, sort_keys=True)
-        seeds = kinds.setdefault(same, {"name": run, "seeds": {}})["seeds"]
-        if flags["seed"] in seeds:
-            raise InputError(f"{run} has the flags and the seed of another run; give one of them")
-        seeds[flags["seed"]] = np.array([[[float(look[name]) for name in LOOKED_AT] for look in pair] for pair in looks.values()])
-    return list(kinds.values()), once
+        alike = [kind for kind in kinds if kind["flags"] == flags]
+        if any(kind["inputs"].get(seed) == origin["inputs"] for kind in alike):
+            raise InputError(f"{run} has the flags, the seed and the inputs of another run; give one of them")
+        kind = next((kind for kind in alike if seed not in kind["seeds"]), None)
+        if kind is None:
+            kinds.append(kind := {"name": run, "flags": flags, "seeds": {}, "inputs": {}})
+        kind["seeds"][seed] = np.array([[[float(look[name]) for name in LOOKED_AT] for look in pair] for pair in looks.values()])
+        kind["inputs"][seed] = origin["inputs"]
+    return kinds, once
 
 
 def dynamics_table(runs: list[str], args: Args) -> str:
@@ -492,8 +502,12 @@ def study_table(rows: list[dict], args: Args) -> str:
         raise InputError(f"{args.study}: the seeds of {mixed[0]!r} were made with different flags")
     stack = lambda name, seeds, split: np.array([[int(v) for v in of[name][s]["verdicts"][split]] for s in seeds], float)  # (seeds, prompts)
     share = lambda r: show({"mean": r["mean"], "low": max(r["low"], 0.0), "high": min(r["high"], 1.0)})
-    spent = lambda name, key: round(sum(row[key] for row in of[name].values()) / len(of[name]))
-    steps_of = lambda name: f"{spent(name, 'steps')}" + f" + {(more := spent(name, 'extra_steps'))}" * bool(more)
+    spent = lambda name, key: round(sum(row.get(key, 0) for row in of[name].values()) / len(of[name]))
+
+    def steps_of(name):
+        """Optimizer steps of a row as text, with those of a refreshed PRM."""
+        return f"{spent(name, 'steps')} + {spent(name, 'extra_steps')}" if spent(name, "extra_steps") else f"{spent(name, 'steps')}"
+
     lines = ["| | test (ID) | ood | seeds | paper ID / OOD | samples + extra | steps + extra | flags of 03_self_evolve.py |", "|---|---|---|---|---|---|---|---|"]
     for name in names:
         seeds, first = sorted(of[name]), next(iter(of[name].values()))
@@ -593,23 +607,25 @@ def main(args: Args) -> None:
     if args.study:
         return print(study_table(read_jsonl(args.study), args))
     if len(args.runs) > 1:
-        table = dynamics_table(args.runs, args)
         compare_runs(args.runs, Path(args.runs[0]) / "compare.png")
-        return print(f"wrote {args.runs[0]}/compare.png\n{table}")
+        print(f"wrote {args.runs[0]}/compare.png")
+        return print(dynamics_table(args.runs, args))
     args.runs = args.runs[0]
     runs = Path(args.runs)
-    metrics, nothing_yet = runs / "03_self_evolve" / "metrics.jsonl", M_STAR | {"policy": "", "prm": "", "aggregate": args.aggregate}
-    trained = flags_of(metrics.parent) if metrics.exists() else nothing_yet  # open_run says what to run first
+    evolving, nothing_yet = runs / "03_self_evolve", M_STAR | {"policy": "", "prm": "", "aggregate": args.aggregate}
+    trained = origin_of(evolving)["flags"] if (evolving / "model").exists() or (evolving / "run.json").exists() else nothing_yet  # open_run says what to run first
     paths, reward_model = policies_of(runs, trained, args.model), Path(trained["prm"] or runs / "02_train_prm" / "model")
+    start, became = list(paths)[-2:]
     if unknown := set(args.benchmarks) - set(BENCHMARKS):
         raise InputError(f"--benchmarks knows {', '.join(BENCHMARKS)}, not {', '.join(sorted(unknown))}")
     benchmarks = {name: make_benchmark(name, Path(args.data_root) / name) for name in args.benchmarks}
     if trained["aggregate"] != args.aggregate:
         raise InputError(f"stage 03 selected with --aggregate {trained['aggregate']}, so its policy is judged with that: give the same flag here")
-    out = open_run(args, "04_eval", {"test": args.test, "ood": args.ood, **{"model" if name == "base" else name: path for name, path in paths.items()}, "prm": reward_model, **benchmarks})
+    out = open_run(args, "04_eval", {"test": args.test, "ood": args.ood, "model": args.model, "warm-up": paths[start], "M-STaR": paths[became],
+                                     "prm": reward_model, **benchmarks})
     if (out / "report.json").exists():
         return print((out / "report.md").read_text())
-    splits = {"test": load_examples(args.test), "ood": load_examples(args.ood)}
+    splits, metrics, searches = {"test": load_examples(args.test), "ood": load_examples(args.ood)}, read_jsonl(evolving / "metrics.jsonl"), evolving / "temperature.jsonl"
     prm, checker = load_prm(reward_model, args), load_checker(args.chain_checker)
     asked = {name: load_examples(path) for name, path in benchmarks.items()}
     check_longest_prompts(prm, sum([*splits.values(), *asked.values()], []), args)
@@ -621,7 +637,7 @@ def main(args: Args) -> None:
 
     rows = predict(out / "predictions.jsonl", paths, splits, 1 + args.samples, greedy_and_samples, args, "04 eval")
     report = summarize(sorted(rows, key=lambda row: (list(splits).index(row["split"]), list(paths).index(row["policy"]))), args)
-    first, by_id = list(grouped([r for r in rows if (r["split"], r["policy"]) == ("test", list(paths)[1])]).values()), by_id_of(splits["test"])
+    first, by_id = list(grouped([r for r in rows if (r["split"], r["policy"]) == ("test", start)]).values()), by_id_of(splits["test"])
     prm_report = {"verifier": verifier(first, args), "reranker": reranker(first, by_id, checker, args)}
     text = markdown(report, args) + prm_markdown(prm_report)
     if asked:
@@ -632,8 +648,7 @@ def main(args: Args) -> None:
         text += "\n" + benchmark_tables(report["benchmarks"])
     text += settings(args)
     write_atomic(out / "report.md", text)
-    searches = metrics.with_name("temperature.jsonl")
-    draw_dynamics(read_jsonl(metrics), read_jsonl(searches) if searches.exists() else [], out / "dynamics.png", trained["samples"])
+    draw_dynamics(metrics, read_jsonl(searches) if searches.exists() else [], out / "dynamics.png", trained["samples"])
     draw_prm(prm_report, out / "prm.png")
     write_json(out / "report.json", report | {"prm": prm_report})
     print(text)

@@ -11,8 +11,8 @@ Writes  runs/study/seed<S>/01_warmup, 02_train_prm    shared by all rows of a se
 
 A run is stage 03 with a row's flags; then its policy answers every test and ood prompt greedily. To save time the dynamics
 are looked at only after a run's last iteration, but for the rows about temperature. A driver that was killed goes on where
-it was and repeats no finished run; rows that other flags or data made are refused, and a run that stage 03 refuses is left
-out and named at the end. Several drivers may share the folder: a run that another one is at is left to it.
+it was and repeats no finished run. Rows that other flags or data made are refused, flags that contradict each other too, before
+anything runs; a run that stage 03 refuses later is left out and named at the end. Several drivers may share the folder: a run that another one is at is left to it.
 """
 
 import argparse
@@ -79,12 +79,8 @@ def folder_of(name: str) -> str:
 
 
 def parsed(stage: str, flags: list[str]):
-    """A stage's Args from its flags; raises InputError if they contradict each other."""
-    module = importlib.import_module(stage)
-    stage_args = common.HfArgumentParser(module.Args).parse_args_into_dataclasses(flags)[0]
-    if stage == "03_self_evolve":
-        module.check_flags(stage_args)
-    return stage_args
+    """A stage's Args from its flags."""
+    return common.HfArgumentParser(importlib.import_module(stage).Args).parse_args_into_dataclasses(flags)[0]
 
 
 def run(stage: str, flags: list[str]):
@@ -144,7 +140,7 @@ def train_and_judge(name: str, seed: int, out: Path, args) -> dict:
         stage_args, policy = run("03_self_evolve", flags), runs / "03_self_evolve/model"
         metrics = common.read_jsonl(runs / "03_self_evolve/metrics.jsonl")
         budget = {key: sum(m.get(key, 0) for m in metrics) for key in ("samples", "extra_samples", "extra_steps")} | {"steps": metrics[-1]["steps"]}
-        seconds = sum(sum(m["seconds"].values()) for m in metrics)  # of all processes that had a part in the run
+        seconds = sum(sum(m["seconds"].values()) for m in metrics)  # of the processes that ended its iterations
     else:
         stage_args = parsed("03_self_evolve", flags)
     paper, start = {"paper_id": ROWS[name][0], "paper_ood": ROWS[name][1]}, time.time()
@@ -166,7 +162,8 @@ def add_row(name: str, seed: int, out: Path, table: Path, args) -> None:
         with open(out / ".table", "w") as turns:  # drivers side by side take turns
             fcntl.flock(turns, fcntl.LOCK_EX)
             rows = (common.read_jsonl(table) if table.exists() else []) + [row]
-            common.write_jsonl(table, sorted(rows, key=lambda row: (list(ROWS).index(row["name"]), row["seed"])))
+            place = {name: k for k, name in enumerate(ROWS)}  # rows that are no longer in the study stay, at the end
+            common.write_jsonl(table, sorted(rows, key=lambda row: (place.get(row["name"], len(ROWS)), row["name"], row["seed"])))
     print(name, seed, {split: round(v.count("1") / len(v), 3) for split, v in row["verdicts"].items()}, f"{row['seconds']:.0f} s", flush=True)
 
 
@@ -196,7 +193,8 @@ def main() -> None:
     common.transformers.logging.disable_progress_bar()
     out, table = Path(args.out), Path(args.out) / "rows.jsonl"
     for name in args.only:
-        parsed("03_self_evolve", shlex.split(f"{ROWS[name][2] or ''} {args.extra}"))  # a wrong flag shows now, not after hours
+        if ROWS[name][2] is not None:  # a wrong flag, or two that contradict each other, show now, not after hours
+            importlib.import_module("03_self_evolve").check_flags(parsed("03_self_evolve", shlex.split(f"{ROWS[name][2]} {args.extra}")))
     wanted = lambda: [(name, seed) for name in args.only for seed in args.seeds if not is_finished(name, seed, table, args)]
     for seed in sorted({seed for _, seed in wanted()}):
         share_stages(seed, out, args)

@@ -15,7 +15,7 @@ from PIL import Image
 import common
 from conftest import stage
 
-warmup, evaluation = stage("01_warmup"), stage("04_eval")
+warmup, evolve, evaluation = stage("01_warmup"), stage("03_self_evolve"), stage("04_eval")
 
 
 def picture(shade: int, kind: str = "PNG") -> bytes:
@@ -519,7 +519,7 @@ def test_evaluation_on_benchmarks_writes_every_verdict_and_every_table(datasets,
     for name in ("01_warmup", "02_train_prm", "03_self_evolve"):
         shutil.copytree(tiny, runs / name / "model")
     common.write_json(runs / "02_train_prm/model/prm.json", {"marks": [3, 4]})
-    common.write_json(runs / "03_self_evolve/run.json", {"flags": {"aggregate": "min", "samples": 2}})
+    common.write_json(runs / "03_self_evolve/run.json", {"flags": vars(evolve.Args(samples=2))})
     common.write_jsonl(runs / "03_self_evolve/metrics.jsonl", [{"iteration": 0, "pass_at_k": 1, "reward_pass_at_2": 1, "greedy_accuracy": 1, "temperature": 1.0}])
     tsv(tmp_path / "data/mmbench_r", MMBENCH)
     parquet(tmp_path / "data/mathvista/testmini.parquet", VISTA, "decoded_image")

@@ -188,9 +188,10 @@ def test_several_runs_are_drawn_together_and_what_training_changed_is_counted_by
             common.write_jsonl(folder / f"iter_{looked['iteration']:02d}" / f"{name}.jsonl", made)
         return {"temperature": 1.0, "greedy_accuracy": 0.0, "pass_at_k": 0.0, "reward_pass_at_2": 0.0, **looked}
 
-    def finish(run, looks, **flags):
+    def finish(run, looks, model="0", **flags):
         common.write_jsonl(tmp_path / run / "03_self_evolve" / "metrics.jsonl", looks)
-        common.write_json(tmp_path / run / "03_self_evolve" / "run.json", {"flags": {"method": "continuous", "passes": 2.0, "interval": 1.0, "samples": 2, "k": 2, **flags}})
+        common.write_json(tmp_path / run / "03_self_evolve" / "run.json", {"flags": {"method": "continuous", "passes": 2.0, "interval": 1.0, "samples": 2, "k": 2, **flags},
+                                                                              "inputs": {"policy": model}})
         return str(tmp_path / run)
 
     def two_looks(run, first, last):
@@ -227,8 +228,10 @@ def test_several_runs_are_drawn_together_and_what_training_changed_is_counted_by
     for run, flags, looks in (("e", {"seed": 2}, two_looks("e", others, others)), ("f", {"seed": 2, "samples": 3}, two_looks("f", start, start))):
         with pytest.raises(common.InputError, match="other prompts, or with another K"):
             evaluate.dynamics_table([*runs, finish(run, looks, **flags)], args)
-    with pytest.raises(common.InputError, match="has the flags and the seed of another run"):
+    with pytest.raises(common.InputError, match="has the flags, the seed and the inputs of another run"):
         evaluate.dynamics_table([*runs, runs[0]], args)
+    other = finish("g", two_looks("g", start, start), model="1", seed=0)  # the same flags and seed on another model: another kind
+    assert [(kind["name"], list(kind["seeds"])) for kind in evaluate.kinds_of_runs([*runs, other])[0]] == [(runs[0], [0, 1]), (other, [0])]
 
 
 def test_the_rerankers_top_2_are_compared_with_the_rest_prompt_by_prompt():
@@ -291,16 +294,16 @@ def test_temperature_per_class_goes_by_the_share_of_right_samples_of_each_prompt
 
 
 def test_a_class_is_read_at_all_temperatures_and_one_of_too_few_prompts_gets_no_temperature_of_its_own(place, monkeypatch):
-    val, right = [{"id": f"v{i}"} for i in range(16)], {0.5: [0, 0, 1, 1], 1.0: [1, 1, 1, 1]}  # of v0: 6 of 8; at T = 1.0 alone it would be easy, at 0.5 middle
-    drawn = [{"id": e["id"], "temperature": T, "correct": bool(c and (e["id"] in ("v0", "v1"))) or e["id"] == "v2", "reward": 0.5} for T in right for e in val for c in right[T]]
-    monkeypatch.setattr(evolve, "append_chunks", lambda *rest: drawn)
-    args = evolve.Args(temperature="per_class", search_grid=[0.5, 1.0], samples=4)
-    choice, curves = evolve.adapt_temperature(None, None, val, place, 2, {"all": 1.0}, args)
-    assert set(choice) == {"all", "easy", "hard"}  # easy: v0, v1, v2, of which none could stand alone; hard: 13
-    monkeypatch.setitem(right, 0.5, [0, 0, 0, 0])
-    drawn[:] = [{"id": e["id"], "temperature": T, "correct": bool(c and e["id"] == "v0"), "reward": 0.5} for T in right for e in val for c in right[T]]
-    choice, curves = evolve.adapt_temperature(None, None, val, place, 2, {"all": 1.0}, args)
-    assert set(choice) == {"all", "hard"}  # v0 is right in 4 of 8, so it is middle, but one prompt of 16 is less than an eighth
+    def search(right):  # {prompt: verdicts of its two samples at T = 0.5 and at T = 1.0}; of 16 prompts the others are never right
+        drawn = [{"id": f"v{i}", "temperature": T, "correct": bool(c), "reward": 0.5} for k, T in enumerate((0.5, 1.0)) for i in range(16) for c in right.get(i, ((0, 0), (0, 0)))[k]]
+        monkeypatch.setattr(evolve, "append_chunks", lambda *rest: drawn)
+        return evolve.adapt_temperature(None, None, [{"id": f"v{i}"} for i in range(16)], place, 2, {"all": 1.0}, evolve.Args(temperature="per_class", search_grid=[0.5, 1.0], samples=2))
+
+    late = ((0, 0), (1, 1))  # by T = 1.0 alone, which is the current one, this prompt would be easy; by 0.5 alone hard
+    choice, curves = search({0: late, 1: late})
+    assert set(choice) == {"all", "middle", "hard"} and [c["objective"] for c in curves["middle"]] == [0.0, 1.0]
+    choice, curves = search({0: late})
+    assert set(choice) == {"all", "hard"}  # one prompt of 16 is less than an eighth
     assert [c["objective"] for c in curves["all"]] == [0.0, 1 / 16] and [c["objective"] for c in curves["hard"]] == [0.0, 0.0]
 
 
@@ -324,8 +327,9 @@ def test_a_variant_with_a_policy_and_prm_from_elsewhere_is_judged_under_its_own_
     evaluate.main(evaluate.Args(runs=["runs/variant"], device="cpu", samples=3, resamples=20, max_new_tokens=60))
     report = json.loads((place / "runs/variant/04_eval/report.json").read_text())
     assert list(report["test"]) == ["base", "warm-up", "evolved"]
-    while common.LOCKS:
-        common.LOCKS.pop().close()
+    from_base = evolve.Args(method="sft", policy="data/toy/base")
+    assert list(evaluate.policies_of(place, vars(from_base), "data/toy/base")) == ["base", "evolved"]  # the start policy is the base: judged once
+    assert list(evaluate.policies_of(place, vars(evolve.Args()), "data/toy/base")) == ["base", "warm-up", "M-STaR"]
     with pytest.raises(common.InputError, match="--aggregate min, so its policy is judged with that"):
         evaluate.main(evaluate.Args(runs=["runs/variant"], device="cpu", samples=3, resamples=20, max_new_tokens=60, aggregate="mean"))
 
@@ -399,7 +403,7 @@ def drivers(world, tmp_path):
     shutil.copytree(world, tmp_path / "data/toy")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     command = [sys.executable, str(ROOT / "tests/study.py"), "--seeds", "0", "--extra01", "--steps 4 --samples 4",
-               "--extra02", "--prompts 30 --samples 6 --rollouts 2 --epochs 1 --held_out 0.4 --val_samples 4", "--extra", "--passes 1 --interval 0.5 --samples 3 --steps 4 --search_every 1"]
+               "--extra02", "--prompts 30 --samples 6 --rollouts 2 --epochs 1 --held_out 0.4 --val_samples 4", "--extra", "--passes 1 --interval 0.5 --samples 3 --steps 4"]
     return tmp_path, command, {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
@@ -451,6 +455,11 @@ def test_a_pass_shows_every_prompt_once_and_no_iteration_shows_one_twice():
     args = evolve.Args(interval=1 / 3, unlabeled="vote", mixin=0.5)
     halves = [[e["id"] >= 100 for e in evolve.choose_prompts(examples, hidden, t, 6, args)] for t in range(1, 7)]
     assert [len(h) for h in halves] == [2, 2, 3, 2, 2, 3] and [sum(h) for h in halves] == [0, 0, 0, 1, 1, 1]
+    args, labelled = evolve.Args(interval=0.5, unlabeled="vote"), [{"id": i} for i in range(12)]
+    mixed = [[e["id"] for e in evolve.choose_prompts(labelled, hidden, t, 8, args)] for t in range(1, 9)]  # 3 of 7 unlabelled ones in each
+    assert all(len(set(ids)) == len(ids) == 6 and sum(i >= 100 for i in ids) == 3 for ids in mixed) and len({i for ids in mixed for i in ids if i >= 100}) == 7
+    with pytest.raises(common.InputError, match="holds 2 prompts, fewer than the 3"):
+        evolve.choose_prompts(labelled, hidden[:2], 1, 8, args)
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -458,8 +467,8 @@ def test_a_pass_shows_every_prompt_once_and_no_iteration_shows_one_twice():
     ({"unlabeled": "vote", "mixin": 0.3}, "whole number"), ({"unlabeled": "vote", "mixin": 1.0}, "below 1"), ({"mixin": 0.5}, "--unlabeled"),
     ({"validate_every": -1}, "--validate_every"), ({"interval": 0.0}, "--interval"), ({"interval": 0.3}, "whole number"), ({"passes": 1.1}, "multiple"), ({"search_grid": [0.0, 1.0]}, "--search_grid"),
     ({"search_grid": [1.0, 1.0]}, "--search_grid"), ({"method": "sft", "gold_response": "Answer"}, "--gold_response"), ({"prm_refresh": 8}, "no PRM"),
-    ({"vote_weights": "equal"}, "--unlabeled vote"), ({"interval": 1.0}, "no search"), ({"temperature": "per_class", "search_every": 8}, "no search"),
-    ({"temperature": "1.0", "objective": "pass_at_k"}, "nothing is searched"), ({"method": "sft", "prm_refresh": 1}, "sft")])
+    ({"vote_weights": "equal"}, "--unlabeled vote"), ({"interval": 1.0}, "no search in 2"), ({"temperature": "per_class", "search_every": 8}, "no search in 8"),
+    ({"temperature": "1.0", "objective": "pass_at_k"}, "nothing is searched"), ({"temperature": "per_class", "passes": 1.0}, "earlier pass"), ({"method": "sft", "prm_refresh": 1}, "sft")])
 def test_flags_that_cannot_be_meant_are_refused(flags, says):
     with pytest.raises(common.InputError, match=says):
         evolve.check_flags(evolve.Args(**flags))

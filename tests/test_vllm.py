@@ -137,7 +137,7 @@ def test_a_whole_iteration_of_self_evolving_runs_on_vllm_and_a_killed_one_leaves
         shutil.copytree(world / "base", runs / name / "model")
     tokens = common.load_policy(world / "base", common.CommonArgs(device="cpu")).tokenizer.convert_tokens_to_ids(["+", "-"])
     common.write_json(runs / "02_train_prm/model/prm.json", {"marks": tokens})
-    command = [sys.executable, str(ROOT / "03_self_evolve.py"), *"--device cpu --engine vllm --engine_memory 0.15 --passes 0.5 --steps 3 --samples 6 --interval 0.5".split()]
+    command = [sys.executable, str(ROOT / "03_self_evolve.py"), *"--device cpu --engine vllm --engine_memory 0.15 --passes 0.5 --steps 3 --samples 6 --interval 0.5 --temperature 1.0".split()]
 
     with open(tmp_path / "log", "w") as log, subprocess.Popen(command, cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=log, text=True) as killed:
         assert any("vLLM started" in line for line in killed.stdout), (tmp_path / "log").read_text()[-2000:]
