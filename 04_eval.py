@@ -52,7 +52,7 @@ AGAINST = [  # the comparisons behind the paper's findings, and those past it
     "M-STaR/Iterative RFT 100 %", "M-STaR/ReST-EM 100 %", "continuous 100 %/Iterative RFT 100 %", "continuous 100 %/ReST-EM 100 %",
     "continuous 25 %/Iterative RFT 100 %", "continuous 25 %/ReST-EM 100 %", "continuous 25 %/continuous 100 %", "continuous 25 %/continuous 50 %",
     "continuous 25 %/continuous 12.5 %", "continuous 25 %/continuous 6.25 %",
-    "Top-2/Random-2", "Top-2/continuous 25 %", "Top-2/PRM > alpha", "Top-2/Top-1", "Top-2/Top-4",
+    "Top-2/Random-2", "Top-1/Random-2", "Random-2/continuous 25 %", "Top-2/continuous 25 %", "Top-2/PRM > alpha", "Top-2/Top-1", "Top-2/Top-4",
     "Top-1/continuous 25 %", "Top-4/continuous 25 %", "oracle without PRM/continuous 25 %", "oracle + PRM/Top-2", "oracle + PRM, mix-in 25 %/Top-2",
     "oracle + PRM, mix-in 50 %/Top-2", "oracle + PRM, mix-in 75 %/Top-2", "oracle + PRM, mix-in 75 %/oracle + PRM",
     "vote, mix-in 0 %/Top-2", "vote, mix-in 25 %/Top-2", "vote, mix-in 50 %/Top-2", "vote, mix-in 75 %/Top-2", "vote, mix-in 75 %/vote, mix-in 0 %",
