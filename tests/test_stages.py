@@ -120,7 +120,7 @@ def test_evaluation_reports_every_policy_with_counts_and_intervals(finished):
     predictions, report = rows(out / "predictions.jsonl"), json.loads((out / "report.json").read_text())
     assert list(report) == ["test", "ood", "prm"] and len(predictions) == (6 + 4) * 3 * (1 + 3)
     for split, policies in list(report.items())[:2]:
-        assert list(policies) == ["base", "warm-up", "M-STaR"]
+        assert list(policies) == ["base", "warm-up", "evolved"]  # M-STaR but for its interval
         for name, figures in policies.items():
             mine = [p for p in predictions if (p["split"], p["policy"]) == (split, name)]
             n = {"test": 6, "ood": 4}[split]
