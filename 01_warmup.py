@@ -146,6 +146,7 @@ def assign_splits(pairs: list[tuple[int, int]], held_out: dict[str, int], seed: 
     sizes, owned, parent = Counter(node for pair in pairs for node in pair), set(), {}
 
     def root(node):
+        """The node that stands for all that hang together with this one; shortens the way there."""
         while parent.setdefault(node, node) != node:
             parent[node] = node = parent[parent[node]]
         return node

@@ -151,6 +151,7 @@ def generate_samples(policy, prm, prompts: list[dict], t: int, choice: dict, cla
     kind = lambda e: (e["answer"] is None, temperature_of(e))
 
     def produce(chunk):
+        """Rows of a chunk of prompts, those of one temperature and kind in one batch."""
         return [row for (hidden, temperature), group in groupby(chunk, key=kind)
                 for row in sample_rows(policy, list(group), args.samples, temperature, "evolve", t, args, prm, right_only=not hidden)]
 
@@ -260,6 +261,7 @@ def adapt_temperature(policy, prm, val: list[dict], folder: Path, t: int, choice
     tries = [(temperature, example) for temperature in args.search_grid for example in searched]
 
     def produce(chunk):
+        """Rows of a chunk of (temperature, prompt), those of one temperature in one batch."""
         return [row for temperature, group in groupby(chunk, key=lambda pair: pair[0])
                 for row in sample_rows(policy, [e for _, e in group], args.samples, temperature, "search", t, args, prm)]
 

@@ -529,6 +529,7 @@ def predict(path: Path, paths: dict, splits: dict, per_prompt: int, answer, args
     loaded: dict = {}
 
     def produce(chunk):
+        """Rows of a chunk of (split, policy, prompt)."""
         rows = []
         for (split, name), group in groupby(chunk, key=lambda item: item[:2]):
             if name not in loaded:
@@ -572,6 +573,7 @@ def benchmark_figures(rows: list[dict], by_id: dict, resamples: int = 2000) -> d
 def benchmark_tables(report: dict) -> str:
     """{benchmark: {policy: figures}} as the paper's Table 4, then one table per benchmark."""
     def line(label, cells):
+        """A row of a table: texts as they are, shares in percent, a dash where there is none."""
         return "| " + " | ".join([label, *("-" if x is None else x if isinstance(x, str) else f"{100 * x:.1f}" for x in cells)]) + " |"
 
     policies = list(next(iter(report.values())))
@@ -631,6 +633,7 @@ def main(args: Args) -> None:
     check_longest_prompts(prm, sum([*splits.values(), *asked.values()], []), args)
 
     def greedy_and_samples(policy, examples):
+        """Per prompt its greedy response and then its K samples, as JSON rows."""
         greedy = sample_rows(policy, examples, 1, 0.0, "eval", 0, args, prm)
         samples = sample_rows(policy, examples, args.samples, args.temperature, "eval", 0, args, prm)
         return [row for i, first in enumerate(greedy) for row in (first, *samples[i * args.samples:(i + 1) * args.samples])]

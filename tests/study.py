@@ -12,7 +12,8 @@ Writes  runs/study/seed<S>/01_warmup, 02_train_prm    shared by all rows of a se
 A run is stage 03 with a row's flags; then its policy answers every test and ood prompt greedily. To save time the dynamics
 are looked at only after a run's last iteration, but for the rows about temperature. A driver that was killed goes on where
 it was and repeats no finished run. Rows that other flags or data made are refused, flags that contradict each other too, before
-anything runs; a run that stage 03 refuses later is left out and named at the end. Several drivers may share the folder: a run that another one is at is left to it.
+anything runs; a run that stage 03 refuses later is left out and named at the end. Several drivers may share the folder: a
+run that another one is at is left to it.
 """
 
 import argparse
