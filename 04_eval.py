@@ -455,6 +455,7 @@ def dynamics_table(runs: list[str], args: Args) -> str:
     """
     kinds, once = kinds_of_runs(runs)
     plural = lambda n: f"{n} seed{'s' * (n > 1)}"
+    change = lambda kind, seeds: np.stack([kind["seeds"][seed][:, 1] - kind["seeds"][seed][:, 0] for seed in seeds])  # (seeds, prompts, figures)
     lines = [f"{run} looked at the dynamics once only (--validate_every): it is in no table" for run in once]
     for kind in kinds:
         looks, against = np.stack(list(kind["seeds"].values())), ""  # (seeds, prompts, 2, figures)
@@ -463,11 +464,9 @@ def dynamics_table(runs: list[str], args: Args) -> str:
             against = f" less that of {kinds[0]['name']}, {plural(len(both))} |"
         lines += ["", f"| {kind['name']}, {plural(len(looks))}, validation | first look | last look | change |" + against, "|---|---|---|---|" + "---|" * bool(against)]
         for k, name in enumerate(LOOKED_AT):
-            first, last = looks[..., 0, k], looks[..., 1, k]  # (seeds, prompts)
-            cells = [f"{100 * first.mean():.1f}", f"{100 * last.mean():.1f}", show(crossed_interval(last - first, args.resamples), "+")]
+            cells = [f"{100 * looks[:, :, when, k].mean():.1f}" for when in (0, 1)] + [show(crossed_interval(change(kind, kind["seeds"])[..., k], args.resamples), "+")]
             if against:
-                changes = [np.stack([of["seeds"][seed][:, 1, k] - of["seeds"][seed][:, 0, k] for seed in both]) for of in (kind, kinds[0])]
-                cells.append(show(crossed_interval(changes[0] - changes[1], args.resamples), "+"))
+                cells.append(show(crossed_interval((change(kind, both) - change(kinds[0], both))[..., k], args.resamples), "+"))
             lines.append(f"| {FIGURES[name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
