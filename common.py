@@ -1,8 +1,12 @@
-"""What the four stages share: data, prompts, generation, answer checking, PRM scores, selection, training, files.
+"""What the stages share: flags, ranks, files, examples, answers, models, sampling, PRM, training.
 
-Paper: "Diving into Self-Evolving Training for Multimodal Reasoning" (M-STaR, arXiv 2412.17451). Symbols stand in
-comments where the code meets them. Every function can be lifted on its own; between calls only
-LOCKS (open run folders) and ENGINES (a running vLLM) keep state.
+Paper: "Diving into Self-Evolving Training for Multimodal Reasoning" (M-STaR, arXiv 2412.17451).
+Its symbols stand in comments where the code meets them.
+
+A stage is a row of phases. A phase is a function from files to files: it does nothing if its output
+is there, and leaves nothing in memory. So a killed run, started again, walks through what is
+finished and goes on the same way as an unbroken one, and the N ranks of torchrun share a phase by
+its files. Plain `python` is one rank on the same path.
 """
 
 import argparse
@@ -10,58 +14,60 @@ import ctypes
 import fcntl
 import gc
 import hashlib
-import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
 import sys
-import tempfile
 import time
+from array import array
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy, deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from fractions import Fraction
-from functools import lru_cache
-from itertools import accumulate, chain
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
+from PIL import Image
+from safetensors import SafetensorError
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
-from transformers.cache_utils import DynamicLayer
 
-LETTERS = "ABCDEFGHIJ"
-ANSWER_TYPES = ("integer", "float", "list", "letter")  # letter: the options stand in the question or the image
-NO_UNIT = ("or|and|to|not|nor|than|then|but|plus|minus|over|if|because|since|of|thousands?|[mbtr]+illions?|[bm]n|hundreds?|dozens?|lakhs?|crores?|"
-           "hal(?:f|ves)|thirds?|quarters?|fourths?|squared|cubed|pi|[ap]m|[abdeiknopqrtuxyz]")  # words that change a number, and letters that are variables
-UNIT = rf"(?:(?:square|cubic|sq\.?|cu\.?)\s+)?(?!(?:{NO_UNIT})(?![a-z]))[a-z]+(?:\s*\^\s*{{?[23]}}?|[²³23])?"
-NUMBER = re.compile(r"(?:[a-z]\s*=\s*)?[€£¥]?\s*([+-]?)\s*(?:(\d{1,40})\s+(?=\d+\s*/))?(\d{1,40}\.?\d{0,40}|\.\d{1,40})(?:\s*/\s*(\d{1,40}))?"
-                    rf"(?:\s*(?!e\d)({UNIT}(?:\s*(?:/|per\b)\s*{UNIT})?))?")  # sign, whole part of a mixed fraction, number, denominator, unit
-
-if "__mp_main__" in sys.modules:  # this is one of vLLM's processes, which read the script again: a killed trainer must not leave it holding the GPU
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
+if "__mp_main__" in sys.modules and sys.platform == "linux":
+    # This is a process of vLLM, which reads the script again. PR_SET_PDEATHSIG: a killed stage
+    # must not leave it holding the GPU.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 class InputError(Exception):
     """Something the user can mend; its one sentence says what to do."""
 
 
-def flag(default, help: str):
-    """A dataclass field that HfArgumentParser shows with its meaning; a list is copied for every use."""
+# ---- flags
+
+
+def flag(default, help, above=0):
+    """A dataclass field with its meaning; a number must be finite and above `above`."""
+    metadata = {"help": help, "above": above}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -69,474 +75,674 @@ class CommonArgs:
     """Flags that mean the same in every stage."""
 
     runs: str = flag("runs/toy", "folder that holds one sub-folder per stage")
-    instruction: str = flag("Think step by step , then end with Answer :", "asks for a chain of thought; follows every question")
-    max_prompt_tokens: int = flag(2048, "a longer prompt (image tokens included) is refused")
-    max_new_tokens: int = flag(80, "a response that has not ended by then is cut and counts as wrong")
+    instruction: str = flag(
+        "Think step by step , then end with Answer :",
+        "asks for a chain of thought; follows every question",
+    )
+    max_prompt_tokens: int = flag(2048, "a longer prompt, its image included, is refused")
+    max_new_tokens: int = flag(80, "a response that has not ended by then counts as wrong")
     rows: int = flag(1024, "responses decoded or scored at once; lower it when memory runs out")
-    chunk: int = flag(256, "prompts between two writes to disk: what a killed run may lose")
+    chunk: int = flag(256, "prompts between two writes, dealt to the ranks: what a kill may lose")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
-    dtype: str = flag("auto", "of the weights: float32, bfloat16, or auto: bfloat16 on a GPU, float32 on a CPU")
-    attention: str = flag("auto", "attention implementation: a name transformers knows, or auto: flash_attention_2 where it is installed, else sdpa")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
+        "auto", "of the computation; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    attention: str = flag(
+        "auto", "as transformers names it; auto: flash_attention_2 if there, or sdpa"
+    )
+    gradient_checkpointing: bool = flag(False, "less memory in training, about a third more time")
     freeze_vision: bool = flag(False, "do not train the vision tower")
-    max_pixels: int = flag(0, "cap on the pixels of one image after the processor's resizing, thumbnail aside; 0 leaves the processor's own")
-    engine: str = flag("auto", "what generates: vllm, transformers, or auto: vLLM where it is installed for --device, else transformers")
-    engine_memory: float = flag(0.45, "share of the GPU's memory (on a CPU: of the host's) that vLLM takes while it runs")
-    offload: bool = flag(False, "keep the trainer's weights and optimizer in host memory while vLLM runs")
-    micro_batch: int = flag(32, "responses in one forward and backward pass; lower it when memory runs out")
+    processor: str = flag(
+        "{}", 'settings of the processor as JSON, such as {"max_pixels": 1003520}'
+    )
+    engine: Literal["auto", "vllm", "transformers"] = flag(
+        "auto", "what generates; auto: vLLM where it is installed for --device"
+    )
+    engine_memory: float = flag(0.45, "share of the GPU's (or the host's) memory that vLLM takes")
+    micro_batch: int = flag(32, "responses in one forward and backward pass of a rank")
     save_every: int = flag(50, "optimizer steps between two checkpoints")
-    seed: int = flag(0, "every random choice follows from it")
+    seed: int = flag(0, "every random choice follows from it", above=-1)
     trust_remote_code: bool = flag(False, "run code that comes with a checkpoint")
     overwrite: bool = flag(False, "delete what this stage wrote before and start anew")
 
 
-AGGREGATES = {"min": min, "mean": lambda scores: sum(scores) / len(scores), "last": lambda scores: scores[-1], "product": math.prod}
+# Memory, speed and place: at most rounding depends on them, so they may change between two starts.
+HARMLESS = (
+    *("runs", "overwrite", "device", "engine_memory", "gradient_checkpointing"),
+    *("rows", "chunk", "micro_batch", "save_every", "max_prompt_tokens"),
+)
 
 
 @dataclass
 class ScoringArgs(CommonArgs):
     """Flags that mean the same in every stage that has a PRM."""
 
-    aggregate: Literal["min", "mean", "last", "product"] = flag("min", "R_p: how the scores of a response's steps become its reward")
+    aggregate: Literal["min", "mean", "last", "product"] = flag(
+        "min", "R_p: how the scores of a response's steps become its reward"
+    )
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """--help shows a script's docstring as it is written, and every default."""
 
 
-def run_stage(args_class, main) -> None:
-    """Parse flags into `args_class` and call `main(args)`; an InputError becomes one sentence and exit code 1."""
-    parser = HfArgumentParser(args_class, description=sys.modules["__main__"].__doc__, formatter_class=Help)
-    args = parser.parse_args_into_dataclasses()[0]
+class Parser(HfArgumentParser):
+    """A parser of flags whose metadata holds a range, which is for `check_ranges`."""
+
+    def add_argument(self, *names, above=0, **settings):
+        """A flag, as argparse knows it."""
+        return super().add_argument(*names, **settings)
+
+
+def parse_flags(args_class, argv=None):
+    """Flags as an `args_class`; argparse refuses an unknown or mistyped one with exit code 2."""
+    doc = sys.modules["__main__"].__doc__
+    parser = Parser(args_class, description=doc, formatter_class=Help)
+    return args_class(**vars(parser.parse_args(argv)))
+
+
+def check_ranges(args):
+    """Raises InputError for a number that is not finite, or not above what its flag says."""
+    for item in fields(args):
+        value, above = getattr(args, item.name), item.metadata["above"]
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) in (int, float) and not above < number < math.inf:
+                raise InputError(f"--{item.name} must be finite and above {above}, found {number}")
+
+
+def run_stage(args_class, main):
+    """Parse flags and call `main(args)`; an InputError becomes one sentence and exit code 1."""
+    args = parse_flags(args_class)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
+        join_ranks(args.device)
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all; errors go to stderr
+        check_ranges(args)
         main(args)
     except InputError as error:
+        if rank() > 0:
+            time.sleep(5)  # rank 0 says what all ranks see, and torchrun ends the others meanwhile
         sys.exit(f"error: {error}")
+    except RuntimeError:
+        if world_size() > 1:
+            time.sleep(5)  # a rank that ended has said why, and torchrun ends this one meanwhile
+        raise
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what was written is whole; the same command continues")
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", 0) is None or isinstance(error, FileNotFoundError):
             raise
-        sys.exit(f"error: could not write or read a file ({error}); what was written is whole: mend that and run the same command to continue")
+        if rank() > 0:
+            time.sleep(5)  # as above
+        sys.exit(
+            f"error: could not write or read a file ({error}); what was written is whole: "
+            "mend that and run the same command to continue"
+        )
+    dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------- files: JSONL, run folders, checkpoints
+# ---- ranks
 
-def read_jsonl(path, lean=None) -> list[dict]:
-    """All records of a JSONL file, in order; lean(record), if given, is what is kept of each. Raises InputError with file and line on the first bad one."""
-    rows = []
+
+def join_ranks(device):
+    """Make this process one of torchrun's ranks, or the only one; does nothing the second time.
+
+    Waiting for another rank has no short limit, for a phase takes hours: a rank that dies is
+    noticed by torchrun, which ends the others at once.
+    """
+    if dist.is_initialized():
+        return
+    backend = "gloo"
+    if torch.device(device).type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(torch.device(device).index or int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(days=7))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def rank() -> int:
+    """The number of this process among the ranks; 0 writes what only one may write."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def quiet() -> bool:
+    """Whether a progress bar would be one too many."""
+    return rank() > 0 or bool(os.environ.get("TQDM_DISABLE"))
+
+
+def sum_over_ranks(value) -> float:
+    """The sum of a number over the ranks; all of them wait for it."""
+    total = torch.tensor(float(value), dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.item()
+
+
+def is_there(path) -> bool:
+    """Whether a file or folder exists, as rank 0 sees it, so that all ranks take the same way."""
+    return bool(sum_over_ranks(rank() == 0 and Path(path).exists()))
+
+
+def once(path, write):
+    """Phase of one rank: rank 0 lets `write(part)` make `path` under another name; all wait."""
+    if is_there(path):
+        return
+    if rank() == 0:
+        part = Path(f"{path}.part")
+        write(part)
+        os.replace(part, path)
+    sum_over_ranks(0)
+
+
+# ---- files
+
+
+def stream_jsonl(path):
+    """The records of a JSONL file, one by one; raises InputError with the line of a bad one."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist")
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
+            where = f"{path} line {number}"
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputError(f"{path} line {number}: not JSON ({error.msg}); mend or delete the line") from None
+                raise InputError(f"{where}: not JSON ({error.msg}); mend or delete it") from None
             if not isinstance(row, dict):
-                raise InputError(f"{path} line {number}: expected a JSON object, found {type(row).__name__}")
-            rows.append(lean(row) if lean else row)
-    return rows
+                raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+            yield row
 
 
-def write_atomic(path, text: str) -> None:
-    """Write a file so that a reader, or a killed run, sees the old text or the new text and nothing between."""
+def read_jsonl(path) -> list[dict]:
+    """All records of a JSONL file."""
+    return list(stream_jsonl(path))
+
+
+class Lines:
+    """The rows of a JSONL file by number, read when asked for: only their places are in memory.
+
+    field: give that field of a row in place of the row.
+    """
+
+    def __init__(self, path, field=None):
+        self.file = open(path, "rb")
+        self.field = field
+        self.starts = array("q", itertools.accumulate(map(len, self.file), initial=0))
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    def __getitem__(self, place):
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        self.file.seek(self.starts[place])
+        row = json.loads(self.file.readline())
+        return row if self.field is None else row[self.field]
+
+
+def by_prompt(rows):
+    """(prompt id, its rows) of rows in which those of a prompt stand together.
+
+    >>> rows = [{"id": "a"}, {"id": "a"}, {"id": "b"}]
+    >>> [(prompt, len(group)) for prompt, group in by_prompt(rows)]
+    [('a', 2), ('b', 1)]
+    """
+    for prompt, group in itertools.groupby(rows, key=lambda row: row["id"]):
+        yield prompt, list(group)
+
+
+def write_atomic(path, texts):
+    """Write a text, or one after the other, so that a kill leaves the old file or the new one."""
     part = Path(f"{path}.part")
     with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines(texts)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
 
 
-def write_json(path, value) -> None:
+def write_json(path, value):
     """`value` as indented JSON, written atomically."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def print_table(values: dict, indent: str = "") -> None:
-    """Names and figures, one per line; nested ones indented, lists left out."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            print(f"{indent}{name}")
-            print_table(value, indent + "  ")
-        elif not isinstance(value, list):
-            print(f"{indent}{name:<{32 - len(indent)}}{value:>10.4g}" if isinstance(value, float) else f"{indent}{name:<{32 - len(indent)}}{value!s:>10}")
+def write_jsonl(path, rows):
+    """Rows, which may come from a generator, as JSONL, written atomically."""
+    write_atomic(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_jsonl(path, rows) -> None:
-    """Rows as JSONL, written atomically."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_chunks(path, items, produce, args, label):
+    """Phase: the rows of `produce(chunk)` for every chunk of a sequence, in order, as JSONL `path`.
 
-
-def append_chunks(path, items: list, rows_per_item: int, chunk: int, produce, label: str, lean=None) -> list[dict]:
-    """Write `produce(items[a:b])` to a JSONL file chunk by chunk, skipping the chunks that are already there.
-
-    `produce` returns exactly rows_per_item rows per item. A run killed in a write leaves part of a chunk; that part is
-    cut off and the whole chunk produced again, so chunk borders, and with them every batch, never depend on a kill.
-    Returns all rows of the file, or what lean(row) keeps of each: a million rows take 13 GB as they are.
+    Chunk k belongs to rank k modulo N and becomes a file of its own in <path>.parts, so that a
+    restart, on any number of ranks, makes only what is missing. Chunk borders, and with them every
+    batch, never depend on it. Rank 0 joins the chunks when all are there.
     """
-    path = Path(path)
-    whole = [len(items[a:a + chunk]) * rows_per_item for a in range(0, len(items), chunk)]  # rows of each chunk
-    ends, done = [0], 0  # where each whole line ends
-    with open(path, "ab+") as file:
-        file.seek(0)
-        ends += accumulate(len(line) for line in file if line.endswith(b"\n"))  # the last line may be torn
-        while done < len(whole) and sum(whole[:done + 1]) < len(ends):
-            done += 1
-        file.truncate(ends[sum(whole[:done])])
-        for k in tqdm(range(done, len(whole)), desc=label, initial=done, total=len(whole), disable=done == len(whole)):
-            rows = produce(items[k * chunk:(k + 1) * chunk])
-            assert len(rows) == whole[k], f"{label}: {len(rows)} rows for a chunk of {whole[k]}"
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-            file.flush()
-            os.fsync(file.fileno())
-    return read_jsonl(path, lean)
+    parts = Path(f"{path}.parts")
+    if not is_there(path):
+        parts.mkdir(parents=True, exist_ok=True)
+        starts = range(0, len(items), args.chunk)
+        for start in tqdm(starts[rank() :: world_size()], label, disable=quiet()):
+            name = parts / f"{start:09d}-{args.chunk}.jsonl"
+            if not name.exists():
+                write_jsonl(name, produce(items[start : start + args.chunk]))
+        sum_over_ranks(0)
+        names = sorted(parts.glob(f"*-{args.chunk}.jsonl"))
+        once(path, lambda part: write_atomic(part, (name.read_text("utf-8") for name in names)))
+    if rank() == 0:
+        shutil.rmtree(parts, ignore_errors=True)
 
 
 def digest(path) -> str:
     """A short SHA-256 of a file, or of the configuration and weights of a checkpoint folder."""
-    path, sha = Path(path), hashlib.sha256()
-    files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors", ".jinja")) if path.is_dir() else [path]
+    path = Path(path)
+    files = sorted(path.glob("*.[js]*")) if path.is_dir() else [path]  # json, jinja, safetensors
+    sha = hashlib.sha256()
     for name in files:
         with open(name, "rb") as file:
-            sha.update(name.name.encode() + hashlib.file_digest(file, "sha256").digest())
+            sha.update(hashlib.file_digest(file, "sha256").digest())
     return sha.hexdigest()[:16]
 
+
+# ---- the run folder of a stage
 
 LOCKS = []  # open lock files; the kernel frees a lock when its process ends, however it ends
 
 
-def open_run(args, stage: str, inputs: dict) -> Path:
-    """Make, lock and fingerprint the folder of a stage: `<runs>/<stage>`.
+def close_runs():
+    """Free the locks of run folders, for a program that runs several stages in one process."""
+    while LOCKS:
+        LOCKS.pop().close()
 
-    inputs: {name: file or checkpoint folder} the results depend on. Raises InputError if one is missing, if another
-    process holds the folder, if it was made with other flags or inputs (unless args.overwrite), or if a number that must be
-    positive is not.
+
+def open_run(args, stage, inputs) -> Path:
+    """Make, lock and fingerprint a stage's folder, <runs>/<stage>; settle --dtype and --engine.
+
+    inputs: {name: file or checkpoint folder} that the results depend on. Raises InputError if one
+    is missing, if another process holds the folder, if it was made with other flags or inputs
+    (unless args.overwrite), or if a number is out of its range.
     """
-    positive = ("rows", "chunk", "micro_batch", "save_every", "max_prompt_tokens", "max_new_tokens", "batch_size", "steps", "learning_rate", "samples", "resamples",
-                "keep", "rollouts", "val_samples", "epochs")
-    if low := [name for name in positive if not getattr(args, name, 1) > 0]:
-        raise InputError(f"--{low[0]} must be above 0, found {getattr(args, low[0])}")
+    check_ranges(args)
+    join_ranks(args.device)
+    args.dtype = str(dtype_of(args)).removeprefix("torch.")
+    args.engine = choose_engine(args.engine, args.device)
     out = Path(args.runs) / stage
-    hub = [n for n, p in inputs.items() if n == "model" and not Path(p).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(p))]
-    for name, path in inputs.items():
-        if name not in hub and not Path(path).exists():
-            maker = next((s for s in ("01_warmup", "02_train_prm", "03_self_evolve") if s in Path(path).parts), None)
-            raise InputError(f"{stage} needs {path} ({name}); run {f'{maker}.py' if maker else 'python tests/toy.py, or name your data,'} first")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
-    except OSError as error:
-        raise InputError(f"cannot write to {out} ({error.strerror}); choose another --runs") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"another process is writing {out}; wait for it or choose another --runs") from None
-    LOCKS.append(lock)
-    harmless = ("overwrite", "runs", "device", "engine_memory", "offload",  # and what sets memory and speed: at most rounding depends on it
-                "rows", "chunk", "micro_batch", "save_every", "gradient_checkpointing", "max_prompt_tokens", "study", "against")
-    now = {"flags": {k: v for k, v in asdict(args).items() if k not in harmless}
-                     | {"dtype": str(dtype_of(args)).removeprefix("torch."), "engine": choose_engine(args.engine, args.device)},
-           "inputs": {k: str(p) if k in hub else digest(p) for k, p in inputs.items()}}
-    if args.overwrite:
-        if any(out.iterdir()) and not (out / "run.json").exists() and set(os.listdir(out)) != {".lock"}:
-            raise InputError(f"{out} holds files but no run.json, so --overwrite will not delete it; choose another --runs")
-        for path in sorted(out.iterdir(), key=lambda p: p.name == "run.json"):  # run.json last: a killed deletion can go on
-            if path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif (out / "run.json").exists():
-        then = json.loads((out / "run.json").read_text())
-        changed = [f"{part[:-1]} {k} was {then[part].get(k)!r}, now {now[part].get(k)!r}"
-                   for part in now for k in {**then[part], **now[part]} if then[part].get(k) != now[part].get(k)]
-        if changed:
-            raise InputError(f"{out} was made with other settings: {'; '.join(changed)}. Use --overwrite or another --runs")
-    write_json(out / "run.json", now)
+    if rank() == 0:
+        flags = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in HARMLESS}
+        found = {name: fingerprint(stage, name, path) for name, path in inputs.items()}
+        now = {"flags": flags, "inputs": found}
+        lock_folder(out)
+        if args.overwrite:
+            clear_run(out)
+        elif (out / "run.json").exists():
+            refuse_other_settings(out, now)
+        write_json(out / "run.json", now)
+    sum_over_ranks(0)
     return out
 
 
-def save_checkpoint(folder: Path, policy, optimizer, state: dict) -> None:
-    """Save policy (a Hugging Face folder), AdamW moments and masters (safetensors) and `state` (JSON, with "step") as one.
+def fingerprint(stage, name, path):
+    """The digest of an input, or a model's name on the hub; raises InputError if it is missing."""
+    if Path(path).exists():
+        return digest(path)
+    if name == "model" and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+        return str(path)
+    made = re.search(r"\b0[123]_[a-z_]+", str(path))
+    first = f"{made[0]}.py" if made else "python tests/toy.py, or name your data,"
+    raise InputError(f"{stage} needs {path} ({name}); run {first} first")
 
-    Files go to a new folder first; replacing state.json is the one moment at which the new checkpoint counts.
+
+def lock_folder(out):
+    """Make a folder and hold it until this process ends, or `close_runs`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        LOCKS.append(open(out / ".lock", "w"))
+        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another process is writing {out}; wait for it to end") from None
+    except OSError as error:
+        why = error.strerror
+        raise InputError(f"cannot write to {out} ({why}); choose another --runs") from None
+
+
+def clear_run(out):
+    """Delete what a run left; refuses a folder that is no run.
+
+    run.json stays and is void from the start: a killed deletion can go on, and nothing else can
+    start on what it left.
     """
-    if (folder / "state.json").exists() and json.loads((folder / "state.json").read_text()) == state:
-        return  # it is this checkpoint already
-    new = folder / f"step_{state['step']:06d}"
-    shutil.rmtree(new, ignore_errors=True)
-    save_model(policy, new / "policy")
-    moments = {}
-    for name, p in policy.model.named_parameters():
-        master = masters_of(optimizer).get(p, p)
-        moments |= {f"{name}.{key}": value.contiguous() for key, value in optimizer.state.get(master, {}).items()}
-        moments |= {f"{name}.master": master.detach()} if master is not p else {}
-    save_file(moments, new / "optimizer.safetensors")
-    write_json(folder / "state.json", state)
-    for old in folder.glob("step_*"):
-        if old != new:
-            shutil.rmtree(old)
+    kept = {".lock", "run.json", "run.json.part"}
+    left = [path for path in out.iterdir() if path.name not in kept]
+    if left and not (out / "run.json").exists():
+        raise InputError(f"{out} is no run: --overwrite will not delete it; choose another --runs")
+    write_json(out / "run.json", {"flags": {"overwrite": True}, "inputs": {}})
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
-def drop_checkpoint(folder: Path) -> None:
-    """Delete the checkpoint of a finished training; state.json first, so that a killed deletion leaves none rather than half of one."""
-    (folder / "state.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+def refuse_other_settings(out, now):
+    """Raises InputError with what differs if a folder was made with other flags or inputs."""
+    then, changed = json.loads((out / "run.json").read_text()), []
+    for kind in ("flags", "inputs"):
+        for name in then[kind] | now[kind]:
+            was, wanted = then[kind].get(name), now[kind].get(name)
+            if was != wanted:
+                changed.append(f"{kind[:-1]} {name} was {was!r}, now {wanted!r}")
+    if changed:
+        changes = "; ".join(changed)
+        raise InputError(
+            f"{out} was made with other settings: {changes}. Use --overwrite or another --runs"
+        )
 
 
-def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
-    """Put the newest checkpoint of `save_checkpoint` into policy and optimizer; its state, or None if there is none."""
-    if not (folder / "state.json").exists():
-        return None
-    state = json.loads((folder / "state.json").read_text())
-    saved = folder / f"step_{state['step']:06d}"
-    load_weights(policy, saved / "policy")
-    with safe_open(saved / "optimizer.safetensors", "pt") as moments:
-        keys = set(moments.keys())
-        for name, p in policy.model.named_parameters():
-            master = masters_of(optimizer).get(p, p)
-            if f"{name}.step" in keys:  # the fused AdamW wants its step count beside the weight
-                optimizer.state[master] = {k: moments.get_tensor(f"{name}.{k}").to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
-            if master is not p:
-                master.data.copy_(moments.get_tensor(f"{name}.master"))
-    return state
+# ---- examples
+
+VISIBLE = ("id", "image", "question", "choices", "source", "answer_type", "precision")
 
 
-# ---------------------------------------------------------------- examples
+def load_examples(path, hidden=False) -> list[dict]:
+    """Read and check a data file; records get "where" (file and line) and an absolute "image".
 
-def load_examples(path, hidden: bool = False) -> list[dict]:
-    """Read and check a data file; every record gets "where" (file and line) and "image" becomes an absolute path.
-
-    A record: {"id": "a1", "image": "images/a1.png", "question": "...", "answer": "7", "choices": null, "source": "toy"},
-    and, if the answer is to be read as "integer", "float", "list" or "letter", "answer_type" and "precision" (decimals).
-    Raises InputError with file and line on a missing or mistyped field, an unreadable answer, a repeated id, or an image
-    that is missing, broken or outside the data folder (a link inside the folder may lead out of it: records make no links).
-    Every image must open; of more than 4,096 only an even sample is read to its last byte, the others when they are used.
-    hidden=True is for unlabelled prompts: only what a solver may see is kept, "answer" becomes None.
+    A record: {"id": "a1", "image": "images/a1.png", "question": "...", "answer": "7", "choices":
+    null, "source": "toy"} and, if the answer is to be read as "integer", "float", "list" or
+    "letter", "answer_type" and "precision" (decimals). hidden: for unlabelled prompts; only what a
+    solver may see is kept, "answer" becomes None. Raises InputError with file and line on a bad
+    field, an unreadable answer, a repeated id, or an image that is missing, broken or outside the
+    data folder. Of more than 4,096 images an even sample is read, the others are looked for.
     """
-    rows, folder, seen, images = read_jsonl(path), Path(path).resolve().parent, {}, {}
+    rows, images = [], {}
+    folder = os.path.join(Path(path).resolve().parent, "")
+    for number, row in enumerate(stream_jsonl(path), 1):
+        if hidden:
+            row = {name: row[name] for name in VISIBLE if name in row} | {"answer": None}
+        row = {"choices": None} | row | {"where": f"{path} line {number}"}
+        problem = problem_of(row, hidden)
+        if problem:
+            raise InputError(f"{row['where']}: {problem}")
+        image = os.path.normpath(folder + row["image"])
+        if not image.startswith(folder) or os.path.isabs(row["image"]):
+            raise InputError(f"{row['where']}: image {row['image']!r} leaves the data folder")
+        row["image"] = image
+        images.setdefault(image, row)
+        rows.append(row)
     if not rows:
         raise InputError(f"{path} is empty: it needs one JSON record per line")
-    for number, row in enumerate(rows, 1):
-        if hidden:
-            row = rows[number - 1] = {k: row[k] for k in ("id", "image", "question", "choices", "source", "answer_type", "precision") if k in row} | {"answer": None}
-        row["where"] = f"{path} line {number}"
-        for name in ("id", "image", "question", *(() if hidden else ("answer",)), "source"):
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise InputError(f"{row['where']}: field \"{name}\" must be a text that is not empty, found {row.get(name)!r}")
-        choices = row.setdefault("choices", None)
-        if choices is not None and not (isinstance(choices, list) and 2 <= len(choices) <= len(LETTERS) and all(isinstance(c, str) for c in choices)):
-            raise InputError(f"{row['where']}: field \"choices\" must be a list of 2 to {len(LETTERS)} texts, or null")
-        if choices and not hidden and choice_index(row["answer"], choices) is None:
-            raise InputError(f"{row['where']}: the answer {row['answer']!r} is none of the choices")
-        kind, decimals = row.get("answer_type"), row.get("precision")
-        if kind not in (None, *ANSWER_TYPES) or type(decimals) not in (int, type(None)) or (decimals or 0) < 0:
-            raise InputError(f"{row['where']}: \"answer_type\" must be one of {', '.join(ANSWER_TYPES)} or null, \"precision\" a count of decimals or null")
-        if kind and not hidden and canonical(row["answer"], choices, row) is None:
-            raise InputError(f"{row['where']}: the answer {row['answer']!r} cannot be read as its answer_type {kind!r}")
-        if row["id"] in seen:
-            raise InputError(f"{row['where']}: id {row['id']!r} stands already in line {seen[row['id']]}")
-        seen[row["id"]] = number
-        image = os.path.normpath(folder / row["image"])
-        if not image.startswith(os.path.join(folder, "")):
-            raise InputError(f"{row['where']}: image {row['image']!r} leaves the data folder {folder}")
-        row["image"] = image
-        row["image"] = images.setdefault(image, row)["image"]  # one text in memory for all its records
-    for k, row in enumerate(images.values()):
-        read_image(row, check="bytes" if k % -(-len(images) // 4096) == 0 else "header")
+    by_id_of(rows)
+    stride = -(-len(images) // 4096)
+    for place, row in enumerate(images.values()):
+        if not os.path.isfile(row["image"]):
+            raise InputError(f"{row['where']}: image {row['image']} does not exist")
+        if place % stride == 0:
+            read_image(row)
     return rows
 
 
-def by_id_of(*files: list[dict]) -> dict[str, dict]:
-    """{id: example} over the examples of several files; raises InputError if two of them share an id, for one would stand for the other.
+def problem_of(row, hidden) -> str | None:
+    """Why a record cannot be used; None if it can."""
+    for name in ("id", "image", "question", "source", "answer"):
+        text = row.get(name)
+        if name == "answer" and hidden:
+            continue
+        if not isinstance(text, str) or not text.strip():
+            return f'field "{name}" must be a text that is not empty, found {text!r}'
+    choices, decimals = row["choices"], row.get("precision")
+    if choices is not None:
+        texts = isinstance(choices, list) and all(isinstance(text, str) for text in choices)
+        if not texts or not 2 <= len(choices) <= len(LETTERS):
+            return 'field "choices" must be a list of 2 to 10 texts, or null'
+    if row.get("answer_type") not in (None, *ANSWER_TYPES):
+        return f'"answer_type" must be one of {", ".join(ANSWER_TYPES)} or null'
+    if decimals is not None and (type(decimals) is not int or decimals < 0):
+        return '"precision" must be a count of decimals or null'
+    if not hidden and canonical(row["answer"], row) is None:
+        return f"the answer {row['answer']!r} is none of the choices, or not of its type"
+    return None
+
+
+def by_id_of(*files) -> dict[str, dict]:
+    """{id: example} over the examples of files; raises InputError if two of them share an id.
 
     >>> list(by_id_of([{"id": "a", "where": "x line 1"}], [{"id": "b", "where": "y line 1"}]))
     ['a', 'b']
     """
-    found: dict = {}
-    for example in chain(*files):
-        if (first := found.setdefault(example["id"], example)) is not example:
-            raise InputError(f"{example['where']}: id {example['id']!r} stands already in {first['where']}; rename one")
+    found = {}
+    for example in itertools.chain(*files):
+        first = found.setdefault(example["id"], example)
+        if first is not example:
+            stands = f"id {example['id']!r} stands already in {first['where']}"
+            raise InputError(f"{example['where']}: {stands}; rename one")
     return found
 
 
-def read_image(example: dict, check: str = "") -> Image.Image | None:
-    """The image of an example in RGB, or only a look at the "header" or all "bytes" of its file; raises InputError with the example's file and line.
+def read_image(example) -> Image.Image:
+    """The image of an example in RGB; raises InputError with the example's file and line.
 
     What is transparent becomes white, the paper under a drawing; 16-bit grey is scaled to 8 bits.
     """
     try:
         with Image.open(example["image"]) as image:
-            if check == "bytes" and image.format == "PNG":
-                image.verify()  # its checksums, without unpacking it
-            elif check == "bytes":
-                image.draft("L", (1, 1))  # an eighth of a JPEG's size takes all its bytes, and little time
-                image.load()
-            if check:
-                return None
             if image.mode.startswith("I"):
                 image = image.point(lambda grey: grey / 257).convert("L")
             if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+                paper = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(paper, image.convert("RGBA"))
             return image.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{example['where']}: image {example['image']} does not exist") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, OSError) as error:
-        raise InputError(f"{example['where']}: image {example['image']} cannot be read ({error}); put a whole file in its place") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        where = f"{example['where']}: image {example['image']}"
+        raise InputError(f"{where} cannot be read ({error}); put a whole file there") from None
 
 
-# ---------------------------------------------------------------- answers
+# ---- answers
+LETTERS = "ABCDEFGHIJ"
+ANSWER_TYPES = ("integer", "float", "list", "letter")  # letter: options stand in the question
 
-NAMES = r"\b(?:answer|correct\s+(?:option|choice))\**\s*(?:is\s*:?|:)\*{0,2}\s*"
-LEAD = rf"{NAMES}(?:the\s+(?:(?:final|correct)\s+)?{NAMES})*"  # "**Answer:** The correct answer is"
+LEAD = r"\b(?:answer|correct\s+(?:option|choice))\**\s*(?:is(?:\s*:)?|:)\*{0,2}\s*"
+FINAL = re.compile(  # what stands in \boxed{}, or after the lead on a line without \boxed
+    r"(?i)\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+    rf"|{LEAD}(?:the\s+(?:(?:final|correct)\s+)?{LEAD}){{0,2}}(?![^\n]*\\boxed)([^\n]*)"
+)
+LONGEST = 1000  # characters of an answer; a longer one is a response that does not end
+REASON = r"(?:^| ?, )(?:because|since|as|so) (?!.*\banswer\b).*"  # not ", so the answer is 8"
+
+QUOTES = " *_`\"'“”‘’"
+CHARACTERS = str.maketrans({"\u2212": "-", "²": "^2", "³": "^3", "π": "pi"})  # \u2212: minus
+SPELLINGS = [  # pattern and replacement, applied in this order
+    (r"\*\*([^*]+)\*\*", r"\1"),
+    (r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}", r"\1"),
+    (r"\\(?:left|right)(?![a-z])|\\[,;:! $%()\[\]]|[$%°€£¥]|\\(?=pi\b)", ""),
+    (r"\s+", " "),
+    (r" ?\^? ?\{? ?(?:\\circ(?![a-z])|\\degree|∘)(?: ?\})?", ""),
+    (r"(?<=[{/]) | (?=[{}/])|(?<=\}) (?=\{)", ""),
+    (r"\^\{(\w)\}", r"^\1"),
+    (r"(?:(?<=\d) )?(?:\\?sqrt|√) ?(?:[{(](\d+|[a-z])[)}](?!\d))?", r"√\1"),
+    (r" ?\\[dt]?frac(?:\{([\w√.-]+)\}\{(√?[\d.]+|[a-z]+)\}|(\d)(\d))", r" \1\3/\2\4"),
+    (r"(?<=[\w)]) ?(?:\*|\\cdot|·) ?(?=[a-z√(])", ""),  # 5*a is 5a, but 5*2 is not 52
+    (r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", ""),
+    (rf"^[{QUOTES}]*(?:\(([^()]*)\)|\[([^\[\](),]*)\])[{QUOTES}.]*$", r"\1\2"),  # [1, 2] stays
+]
+WORD = (  # of a unit: no word that changes the number, no letter that may be a variable
+    r"(?!(?:and|or|nor|not|is|but|to|of|than|plus|minus|over|pi|squared|cubed|[bm]n|halves"
+    r"|(?:half|third|quarter|hundred|thousand|dozen|\w+illion)s?)\b)"
+    r"(?:[a-z]{2,}|[cfghjlmsvw])(?:\^?[23])?"
+)
+NUMBER = re.compile(  # "AB = 7", "about 7", "-1 1/2", "7 cm^2", "7 miles per hour", "7, as ..."
+    r"(?:[a-z∠]* ?[=≈~] ?|(?:about|around|approximately|roughly) )?(?P<sign>[+-]?) ?"
+    r"(?:(?P<whole>\d{1,40}) (?=\d+/))?(?P<top>\d{1,40}\.?\d{0,40}|\.\d{1,40})"
+    rf"(?:/0*(?P<bottom>[1-9]\d{{0,40}}))? ?(?P<unit>(?:{WORD}(?:[ /]{WORD}){{0,2}})?)({REASON})?"
+)
+# clear: "B", "(B) t", "B. t", "B (t)"; not clear: "B, t", "B - t", "B t"
+LETTER_FIRST = re.compile(
+    r"(?:(?:option|choice) )?[(\[]?(?P<letter>[a-j])(?!\w)"
+    r"(?:(?P<clear>[)\].:]+(?! ?[,-] )|(?= ?\()|$)"
+    r"|[)\].:]*(?: ?,| -)? (?![(\[]?[a-j][)\]]?$)) ?(?P<text>.*)"
+)
+LETTER_LAST = re.compile(r"^(?!(?:option|choice)\b|[(\[]?[a-j](?:[)\].:]| ?\())(.+?) ?\(([a-j])\)$")
+OPTION = re.compile(r"\b([a-j]) ?[).:] ?(.*?)[ ,;(]*(?=\b[a-j] ?[).:]|$)")  # in a question
+
+
+class Answer(NamedTuple):
+    """An answer that was read; value is its text in one form: "B", "3/4", "[1, 2]", "new york"."""
+
+    kind: str  # "choice", "number", "list" or "text"
+    value: str
+    unit: str = ""
+
+
+def agree(answers) -> bool:
+    """Whether answers are one: one kind, one value and no two units (a missing unit fits any)."""
+    units = {answer.unit for answer in answers} - {""}
+    return len({answer[:2] for answer in answers}) == 1 and len(units) <= 1
 
 
 def extract_answer(response: str, example: dict | None = None) -> str | None:
     r"""The final answer that a response names, or None: none, or two that differ (fails closed).
 
-    Answers are what stands in \boxed{} and what follows "answer is" or "answer:" on its line. With an example, two that
-    `canonical` reads alike are one answer: "(B) 12" and "B"; and where it has choices or an answer_type, one that cannot be
-    read so ("the answer is the sum of both bars") is no answer, if another follows.
+    One that cannot be read ("the answer is the sum of both") is prose, if one that can follows.
 
-    >>> extract_answer("3 + 4 = 7\nAnswer : 7")
-    '7'
-    >>> extract_answer("So the answer is (B) 12.")
-    '(B) 12'
-    >>> extract_answer("Answer: 7\nAnswer: 8") is None
-    True
+    >>> extract_answer("So the answer is (B) 12."), extract_answer("Answer: 7\nAnswer: 8")
+    ('(B) 12.', None)
     """
-    boxed = [(m.start(), m[1]) for m in re.finditer(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", response)]
-    lines = [(m.start(), m[1]) for m in re.finditer(LEAD + r"([^\n]*)", response, flags=re.IGNORECASE) if "\\boxed" not in m[1]]
-    named = [a for _, a in sorted(boxed + [(at, a) for at, a in lines if normalize(a) or not boxed])]
-    named = [re.sub(r"\*\*([^*]+)\*\*", r"\1", a).strip().strip("*").rstrip(".").strip() for a in named]
-    read = [example and canonical(a, example["choices"], example) for a in named]
-    typed = example and (example["choices"] or example.get("answer_type"))
-    forms = {form or normalize(a) for a, form in zip(named, read) if form or not typed or a is named[-1]}
-    return named[-1] if named and named[-1] and len(forms) == 1 else None
-
-
-@lru_cache(maxsize=1 << 14)  # answers repeat
-def undress(answer: str) -> str:
-    r"""An answer without Markdown, quotes, LaTeX delimiters, spacing and text commands, degree and percent signs, final full stops.
-
-    >>> undress("**(B)**."), undress("\\(\\text{Yes}\\)"), undress("$45^\\circ$")
-    ('(B)', 'Yes', '45')
-    """
-    text = " ".join(answer.split()).replace("\u2212", "-").replace("{,}", ",")  # the minus sign is no hyphen
-    text = re.sub(r"\*\*([^*]+)\*\*", r"\1", text)
-    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\left|\\right|\\[,;:! $%()\[\]]|\^?\s*\{?\s*(?:\\circ(?![a-z])|\\degree|∘)\s*\}?|[$%°]", "", text)
-    return text.strip(" \t\r\n*_`\"'“”‘’").rstrip(".").strip()
-
-
-@lru_cache(maxsize=1 << 14)
-def normalize(answer: str) -> str:
-    r"""`undress`, and case, spaces, fractions, roots and thousands separators in one form.
-
-    >>> normalize(" $1,250^\\circ$. "), normalize("2\\sqrt { 3 }"), normalize("1\\frac{1}{2}")
-    ('1250', '2√3', '1 1/2')
-    """
-    text = re.sub(r"\s*([{}])\s*", r"\1", undress(answer).casefold())
-    text = re.sub(r"\s*\\sqrt\{(\w+)\}", r"√\1", text).replace("\\pi", "π")
-    text = re.sub(r"\\[dt]?frac(?:\{([^{}]+)\}\{([^{}]+)\}|(\d)(\d))", r" \1\3/\2\4", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    return " ".join(text.split())
-
-
-@lru_cache(maxsize=1 << 14)
-def number(text: str) -> Fraction | None:
-    """The exact number that a text is, or None: '1,250', '-3.50', '3/4', '1 1/2', '7 cm', 'x = 7' are, 'row 7', '7 or 8', '2x' are not.
-
-    >>> number("-3.50"), number("3 / 4"), number("7 million"), number("seven")
-    (Fraction(-7, 2), Fraction(3, 4), None, None)
-    """
-    match = NUMBER.fullmatch(normalize(text))
-    if not match or (match[4] and int(match[4]) == 0):
+    named = ["".join(groups).strip() for groups in FINAL.findall(response)]
+    read = {text: read_answer(text, example or {}) for text in named}
+    readable = [text for text in read if read[text]]
+    if not agree([read[text] for text in readable]) or named[-1] not in readable:
         return None
-    value = Fraction(match[3]) / int(match[4] or 1) + int(match[2] or 0)
-    return -value if match[1] == "-" else value
+    return max(readable, key=lambda text: read[text].unit)  # one with a unit, if there is one
 
 
-def choice_index(answer: str, choices: list[str]) -> int | None:
-    """The position of the one choice that an answer names, by letter first, then by text; None if none or several.
+def canonical(answer: str | None, example: dict) -> str | None:
+    """The text in which votes are counted and rows store an answer, or None. It reads as itself.
 
-    >>> choice_index("(B) 12", ["9", "12"]), choice_index("12", ["9", "12"]), choice_index("A or B", ["9", "12"])
-    (1, 1, None)
+    >>> canonical("(b)", {"choices": ["9", "12"]}), canonical("[1, 2.0]", {"answer_type": "list"})
+    ('B', '[1, 2]')
+    >>> canonical("x = -5.50 km / h", {}), canonical("New  York.", {})
+    ('-11/2 km/h', 'new york')
     """
-    letter, rest = lettered(answer)
-    reads_as = lambda i, text: is_correct(text, {"answer": choices[i], "choices": None})
-    if letter and letter in LETTERS[:len(choices)] and (not rest or reads_as(LETTERS.index(letter), rest)):
-        return LETTERS.index(letter)
-    same = [i for i, c in enumerate(choices) if normalize(c) == normalize(answer)] or [i for i in range(len(choices)) if reads_as(i, answer)]
-    return same[0] if len(same) == 1 else None
-
-
-def lettered(answer: str) -> tuple[str, str]:
-    """The option letter that an answer begins with and the text after it, or two empty texts.
-
-    >>> lettered("(b)"), lettered("Option C: a cat"), lettered("a cat")
-    (('B', ''), ('C', 'a cat'), ('', ''))
-    """
-    match = re.fullmatch(rf"(?:(?:option|choice)\s+)?[(\[]?\s*([{LETTERS}])\s*(?:[)\].:]+\s*(.*))?", undress(answer), flags=re.DOTALL | re.IGNORECASE)
-    return (match[1].upper(), normalize(match[2] or "")) if match else ("", "")
-
-
-def canonical(answer: str | None, choices: list[str] | None, example: dict | None = None) -> str | None:
-    """An answer in the form in which two answers are compared and votes are counted; None if it cannot be read.
-
-    example: where its optional fields stand, "answer_type" and "precision"; a letter may bring its option's text if the
-    question has it so.
-
-    >>> canonical("(B)", ["9", "12"]), canonical("7.0", None), canonical("A and B", ["9", "12"])
-    ('B', '7', None)
-    >>> canonical("3.14159", None, {"answer_type": "float", "precision": 2}), canonical("[1, 2.0]", None, {"answer_type": "list"})
-    ('3.14', '[1, 2]')
-    """
-    if answer is None:
-        return None
-    if choices:
-        index = choice_index(answer, choices)
-        return None if index is None else LETTERS[index]
-    kind, decimals = (example or {}).get("answer_type"), (example or {}).get("precision")
-    if kind == "letter":
-        letter, rest = lettered(answer)
-        option = rf"(?<!\w)\(?{letter}\s*[).:]\s*{re.escape(rest)}\s*(?:[,;]|$|\(?[a-j]\s*[).:])"
-        return letter or None if not rest or re.search(option, normalize(example["question"]), flags=re.IGNORECASE) else None
-    if kind == "list":
-        match = re.fullmatch(r"\[([^\[\]]*)\]|([^\[\]]*)", undress(answer))
-        items = [number(item) for item in (match[1] or match[2] or "").split(",")] if match else [None]
-        return None if None in items else f"[{', '.join(map(str, items))}]"
-    value = number(answer)
-    if kind == "float" and value is not None and decimals is not None:
-        return f"{round(float(value), decimals) + 0.0:.{decimals}f}"  # + 0.0: there is no negative zero
-    return str(value) if value is not None else None if kind else normalize(answer) or None
+    read = read_answer(answer, example)
+    return None if read is None else f"{read.value} {read.unit}".strip()
 
 
 def is_correct(answer: str | None, example: dict) -> bool:
-    """1(a* = a): exact match of canonical answers; one that cannot be read is wrong, and so is a number with another unit than the gold one's.
+    """1(a* = a): the answer and the example's agree; one that cannot be read is wrong.
 
-    >>> [is_correct(a, {"answer": "5 cm", "choices": None}) for a in ("5 cm", "5", "5 m", None)]
+    >>> [is_correct(answer, {"answer": "5 cm"}) for answer in ("5 cm", "5", "5 m", None)]
     [True, True, False, False]
     """
-    mine, gold = (canonical(a, example["choices"], example) for a in (answer, example["answer"]))
-    if mine is None or mine != gold or example["choices"]:
-        return mine is not None and mine == gold
-    numbers = [NUMBER.fullmatch(normalize(a)) for a in (answer, example["answer"])]
-    return len({m[5] for m in numbers if m and m[5]}) < 2
+    pair = [read_answer(answer, example), read_answer(example["answer"], example)]
+    return None not in pair and agree(pair)
 
 
-# ---------------------------------------------------------------- models and prompts
+def read_answer(answer: str | None, example: dict) -> Answer | None:
+    """An answer read by the example's "choices", else "answer_type" and "precision"; or None."""
+    kind = example.get("answer_type")
+    if answer is None or len(answer) > LONGEST:
+        return None
+    if example.get("choices") or kind == "letter":
+        return read_choice(answer, example)
+    if kind == "list":
+        items = plain(answer.replace(",", ", ")).strip("[]").split(",")
+        numbers = [canonical(item, {"answer_type": "integer"}) for item in items]
+        return None if None in numbers else Answer("list", f"[{', '.join(numbers)}]")
+    number = read_number(answer, example.get("precision") if kind == "float" else None)
+    if number or kind or not plain(answer):
+        return number
+    return Answer("text", plain(answer))
+
+
+@lru_cache(maxsize=1 << 14)  # answers repeat
+def plain(answer: str) -> str:
+    r"""An answer without quotes, Markdown, LaTeX dress, currency, degree and percent signs.
+
+    >>> plain("**(B)**."), plain("$\\frac{\\sqrt { 3 }}{2}$"), plain("1,250^\\circ")
+    ('b', '√3/2', '1250')
+    """
+    text = answer.casefold().translate(CHARACTERS)
+    for pattern, replacement in SPELLINGS:
+        text = re.sub(pattern, replacement, text)
+    return text.lstrip(QUOTES).rstrip(QUOTES + ".")
+
+
+def read_number(answer: str, decimals: int | None = None) -> Answer | None:
+    """The number that an answer is, exact or to some decimals, and its unit; or None."""
+    match = NUMBER.fullmatch(plain(answer))
+    if not match:
+        return None
+    size = Fraction(match["top"]) / int(match["bottom"] or 1) + int(match["whole"] or 0)
+    value = int(match["sign"] + "1") * size
+    text = str(value) if decimals is None else f"{float(value):z.{decimals}f}"  # z: no -0.0
+    return Answer("number", text, match["unit"])
+
+
+def choice_index(answer: str, choices: list[str]) -> int | None:
+    """The position of the one choice that an answer names, by letter first, then by text; or None.
+
+    >>> [choice_index(answer, ["9", "12"]) for answer in ("(B) 12", "12", "B: 9", "A or B")]
+    [1, 1, None, None]
+    """
+    letter = canonical(answer, {"choices": choices})
+    return None if letter is None else LETTERS.index(letter)
+
+
+def read_choice(answer: str, example: dict) -> Answer | None:
+    """The one option that an answer names: of "choices", or of those in the question, by letter."""
+    listed = example.get("choices")
+    options = dict(zip(LETTERS.lower(), listed or [""] * len(LETTERS)))
+    if not listed:
+        options |= OPTION.findall(plain(example.get("question", "")))
+    named = named_options(plain(answer), options, bool(listed))
+    return Answer("choice", named.pop().upper()) if len(named) == 1 else None
+
+
+def named_options(text: str, options: dict[str, str], listed: bool) -> set[str]:
+    """The letters of the options that a text names: two contradict; listed ones need no letter."""
+    whole = with_text(text, options) if listed else set()
+    match = LETTER_FIRST.fullmatch(LETTER_LAST.sub(r"\2, \1", text))
+    if not match or match["letter"] not in options:
+        return whole
+    letter, rest = match["letter"], match["text"]
+    same = with_text(rest, options) or with_text(rest.split(". ")[0], options)
+    if letter in same or not re.sub(REASON, "", rest):
+        return {letter}
+    if whole or match["clear"] is None or not listed:
+        return whole
+    for other in options:  # the "a" of "a dog" is no letter
+        words = re.escape(plain(options[other]))
+        if re.search(rf"(?<!\w)(?:(?!a \w){other}|{words})(?!\w)", rest):
+            same.add(other)
+    return same | {letter}
+
+
+def with_text(text: str, options: dict[str, str]) -> set[str]:
+    """The letters of the options whose text this is, whole or before a reason."""
+    same = {letter for letter in options if is_correct(text, {"answer": options[letter]})}
+    short = re.sub(REASON, "", text)
+    return same if same or short == text else with_text(short, options)
+
+
+# ---- models and prompts
+
 
 @dataclass
 class Policy:
-    """A model with its processor; a PRM is one as well, read at the two tokens in `marks`."""
+    """A model with its processor."""
 
     model: torch.nn.Module
     processor: object
-    eos_ids: list[int]
+    eos_ids: list[int]  # the first is the one that training ends a response with
     pad_id: int
-    banned: list[int] = field(default_factory=list)  # image placeholders: in a response they would ask for one more image
-    marks: tuple[int, int] | None = None
-    optimizer: object = None  # the one that trains it, so that --offload can move its state
+    banned: list[int]  # image placeholders: in a response they would ask for one more image
 
     @property
     def tokenizer(self):
@@ -544,517 +750,668 @@ class Policy:
         return self.processor.tokenizer
 
 
+@dataclass
+class Prm(Policy):
+    """A process reward model f: a policy that is read at two tokens, (good, bad)."""
+
+    marks: tuple[int, int]
+
+
 def dtype_of(args) -> torch.dtype:
-    """The dtype of the weights that --dtype asks for on --device."""
-    names = {"auto": torch.float32 if args.device == "cpu" else torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if args.dtype not in names:
-        raise InputError(f"--dtype {args.dtype} is not one of {', '.join(names)}")
-    return names[args.dtype]
+    """The dtype that --dtype asks for on --device."""
+    if args.dtype == "auto":
+        return torch.float32 if args.device == "cpu" else torch.bfloat16
+    return getattr(torch, args.dtype)
 
 
-def vision_tower(model) -> torch.nn.Module:
-    """The vision tower of any family, by the names it goes by; Qwen-VL's (`visual`) includes the projection to the language model.
+def attention_of(config, args, training):
+    """The attention implementation that --attention asks for; None is the model's own choice."""
+    if args.attention != "auto":
+        return args.attention
+    if args.device == "cpu":
+        return "eager" if training else None  # SDPA's masked backward pass is slow on a CPU
+    # Gemma 3's image tokens see each other both ways, which flash attention leaves out.
+    fits = dtype_of(args) == torch.bfloat16 and not config.model_type.startswith("gemma3")
+    return "flash_attention_2" if fits and transformers.utils.is_flash_attn_2_available() else None
 
-    Raises InputError, with the names that are there, if the model has none of them.
+
+def load_policy(path, args, training=False) -> Policy:
+    """A Hugging Face image-text-to-text checkpoint in the dtype of --dtype.
+
+    For generation it comes to --device in eval mode; training takes it from the CPU. Raises
+    InputError for a folder that is no checkpoint, or the checkpoint of a text-only model.
     """
-    for inner in (model, model.base_model):
-        for name in ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "vpm", "img_processor"):
-            if isinstance(getattr(inner, name, None), torch.nn.Module):
-                return getattr(inner, name)
-    raise InputError(f"--freeze_vision finds no vision tower in {type(model).__name__}, whose parts are {[n for n, _ in model.base_model.named_children()]}")
-
-
-def cap_pixels(processor, config, pixels: int) -> None:
-    """Cap the pixels of one image by the processor's own resolution settings, which are the families' one difference here.
-
-    Training, scoring and vLLM all read these settings from the processor (and save_model writes them beside the weights).
-    An image keeps at least one tile, so a cap below one tile is refused, as is any cap for a family without such a setting.
-    """
-    image, size = processor.image_processor, dict(processor.image_processor.size or {})
-
-    def tiles(tile: int) -> int:  # how many tiles of so many pixels the cap allows
-        if tile > pixels:
-            raise InputError(f"--max_pixels {pixels} is below the {tile} pixels that {type(image).__name__} always makes of an image; raise it")
-        return pixels // tile
-
-    if hasattr(image, "merge_size"):  # Qwen-VL: "edges" that are areas
-        tiles((image.patch_size * image.merge_size) ** 2)
-        image.size = {"shortest_edge": min(size["shortest_edge"], pixels), "longest_edge": min(size["longest_edge"], pixels)}
-    elif hasattr(image, "max_slice_nums"):  # MiniCPM-V
-        image.max_slice_nums = min(image.max_slice_nums, tiles(image.scale_resolution ** 2))
-    elif hasattr(image, "image_grid_pinpoints"):  # LLaVA: the model unpads by the same list
-        tiles(min(height * width for height, width in image.image_grid_pinpoints))
-        image.image_grid_pinpoints = config.image_grid_pinpoints = [[h, w] for h, w in image.image_grid_pinpoints if h * w <= pixels]
-    elif hasattr(image, "max_image_size"):  # Idefics3, SmolVLM: the longest edge, a whole number of tiles
-        tile = image.max_image_size["longest_edge"]
-        image.size = {"longest_edge": min(size["longest_edge"], math.isqrt(tiles(tile * tile)) * tile)}
-    elif hasattr(image, "max_patches"):  # InternVL
-        image.max_patches = min(image.max_patches, tiles(size["height"] * size["width"]))
-    elif {"height", "width"} <= size.keys():  # Gemma 3 and others of one fixed size
-        tiles(size["height"] * size["width"])
-    else:
-        raise InputError(f"--max_pixels knows no resolution setting of {type(image).__name__}; leave it at 0 and set the checkpoint's preprocessor_config.json")
-
-
-def load_policy(path, args) -> Policy:
-    """Load a Hugging Face image-text-to-text checkpoint in the dtype that --dtype asks for, in eval mode.
-
-    Raises InputError for a folder that is no checkpoint, or the checkpoint of a text-only model.
-    """
-    close_engine()
-    dtype = dtype_of(args)
-    flash = args.attention == "auto" and args.device != "cpu" and dtype == torch.bfloat16 and transformers.utils.is_flash_attn_2_available()
+    code = {"trust_remote_code": args.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-        if type(config) not in AutoModelForImageTextToText._model_mapping and not hasattr(config, "auto_map"):
-            raise InputError(f"{path} holds a {config.model_type} model, which takes no images; name a vision-language checkpoint")
-        flash &= not config.model_type.startswith("gemma3")  # its image tokens see each other both ways, which flash attention leaves out
-        attention = "flash_attention_2" if flash else None if args.attention == "auto" else args.attention  # None is sdpa where the model has it
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention, trust_remote_code=args.trust_remote_code)
+        config = AutoConfig.from_pretrained(path, **code)
+        known = type(config) in AutoModelForImageTextToText._model_mapping
+        if not known and not hasattr(config, "auto_map"):
+            raise ValueError(f"a {config.model_type} model takes no images")
+        processor = load_processor(path, config, args)
+        model = AutoModelForImageTextToText.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype_of(args),
+            attn_implementation=attention_of(config, args, training),
+            **code,
+        )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        hint = "; if you trust that code, pass --trust_remote_code" if "trust_remote_code" in str(error) else ""
-        raise InputError(f"{path} cannot be loaded as a Hugging Face checkpoint: {str(error).strip().splitlines()[0]}{hint}") from None
-    if args.max_pixels:
-        cap_pixels(processor, model.config, args.max_pixels)
+        why = str(error).strip().splitlines()[0]
+        if "trust_remote_code" in str(error):
+            why += "; if you trust it, pass --trust_remote_code"
+        raise InputError(
+            f"{path} cannot be loaded as a vision-language checkpoint: {why}"
+        ) from None
+    if args.freeze_vision:
+        tower = model.get_encoder(modality="image")
+        if tower in (model, model.base_model):
+            raise InputError(f"--freeze_vision finds no vision tower in {type(model).__name__}")
+        tower.requires_grad_(False)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # acts in train mode only
-        model.disable_input_require_grads()  # only the reentrant kind needs them; they would send gradients through a frozen vision tower
-    if args.freeze_vision:
-        vision_tower(model).requires_grad_(False)
-    eos = model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
-    eos = closing_first(processor, eos if isinstance(eos, list) else [eos])
-    pad = processor.tokenizer.pad_token_id
+        # Only the reentrant kind needs these; they would send gradients through a frozen tower.
+        model.disable_input_require_grads()
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    banned = sorted({i for i in (getattr(config, name, None) for name in names) if isinstance(i, int)})
-    return Policy(model.to(args.device).eval(), processor, eos, eos[0] if pad is None else pad, banned)
+    banned = sorted({getattr(config, name, None) for name in names} - {None})
+    eos = closing_first(processor, model.generation_config.eos_token_id)
+    pad = processor.tokenizer.pad_token_id
+    if not training:
+        model = model.to(args.device).eval()
+    return Policy(model, processor, eos, eos[0] if pad is None else pad, banned)
 
 
-def closing_first(processor, eos: list[int]) -> list[int]:
-    """A model's end tokens, those first with which its chat template closes an assistant's turn: what training should end with."""
-    if len(eos) == 1:
-        return eos
-    talk = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in (("user", "Q"), ("assistant", "@@"))]
-    tail = processor.tokenizer(processor.apply_chat_template(talk, tokenize=False).rpartition("@@")[2], add_special_tokens=False)["input_ids"]
-    return sorted(eos, key=lambda token: token not in tail)  # stable
+def load_processor(path, config, args):
+    """A checkpoint's processor with the settings of --processor, which each family names its way.
+
+    Training, scoring and vLLM read them from the processor, which is saved beside the weights.
+    Raises InputError for settings that are no JSON object, or that change nothing.
+    """
+    load = partial(AutoProcessor.from_pretrained, path, trust_remote_code=args.trust_remote_code)
+    try:
+        settings = dict(json.loads(args.processor))
+    except (ValueError, TypeError):
+        raise InputError(f"--processor must be a JSON object, found {args.processor}") from None
+    processor = load(**settings)
+    if settings and processor.to_dict() == load().to_dict():
+        raise InputError(f"--processor {args.processor} changes nothing in this family's processor")
+    if "image_grid_pinpoints" in settings:  # LLaVA's model cuts by the same list
+        config.image_grid_pinpoints = settings["image_grid_pinpoints"]
+    return processor
 
 
-def load_prm(path, args) -> Policy:
-    """A PRM that stage 02 wrote: a policy whose prm.json names the tokens for a good and a bad step."""
-    prm = load_policy(path, args)
-    prm.marks = tuple(json.loads((Path(path) / "prm.json").read_text())["marks"])
-    return prm
+def closing_first(processor, eos):
+    """End tokens, those first with which the chat template closes an assistant's turn."""
+    eos = processor.tokenizer.eos_token_id if eos is None else eos
+    if not isinstance(eos, list):
+        return [eos]
+    content = [{"type": "text", "text": "@@"}]
+    talk = [{"role": role, "content": content} for role in ("user", "assistant")]
+    tail = processor.apply_chat_template(talk, tokenize=False).rpartition("@@")[2]
+    closing = processor.tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return sorted(eos, key=lambda token: token not in closing)  # stable
 
 
-def save_model(policy: Policy, path) -> None:
-    """Save model and processor as a plain Hugging Face folder; whole or not at all."""
-    part = Path(f"{path}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    policy.model.save_pretrained(part)
-    policy.processor.save_pretrained(part)
-    if policy.marks:
-        write_json(part / "prm.json", {"marks": policy.marks})
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(part, path)
+def load_prm(path, args) -> Prm:
+    """A PRM that stage 02 wrote: a policy whose prm.json names its two marks."""
+    marks = json.loads((Path(path) / "prm.json").read_text())["marks"]
+    return Prm(**vars(load_policy(path, args)), marks=tuple(marks))
 
 
-def load_weights(policy: Policy, path) -> None:
-    """Copy the weights of a checkpoint folder into a model of the same shape."""
-    close_engine()
-    fresh = type(policy.model).from_pretrained(path, config=policy.model.config, dtype=policy.model.dtype)  # class and config are here: no remote code is looked up
-    policy.model.load_state_dict(fresh.state_dict())
-    for weight, master in masters_of(policy.optimizer).items():
-        master.data.copy_(weight)  # else the next optimizer step would bring the old weights back
+def save_policy(policy, path, args):
+    """Phase: model and processor as a plain Hugging Face folder in the dtype of --dtype.
+
+    The model is in that dtype afterwards. Weights that FSDP2 shards are gathered one by one on
+    rank 0's CPU.
+    """
+    model, weights = policy.model.to(dtype_of(args)), {}
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if rank() == 0 and name not in model.all_tied_weights_keys:
+            weights[name] = tensor.cpu()
+
+    def write(part):
+        """The whole folder; what an earlier start left of it goes."""
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part, state_dict=weights)
+        policy.processor.save_pretrained(part)
+        if isinstance(policy, Prm):
+            write_json(part / "prm.json", {"marks": policy.marks})
+
+    once(path, write)
 
 
-def user_text(example: dict, instruction: str) -> str:
+def user_text(example, instruction) -> str:
     r"""What the user says beside the image: question, lettered choices, instruction.
 
     >>> user_text({"question": "How many?", "choices": ["7", "9"]}, "Think.")
     'How many?\nChoices:\n(A) 7\n(B) 9\nThink.'
     """
-    options = [f"({letter}) {text}" for letter, text in zip(LETTERS, example["choices"] or [])]
-    return "\n".join([example["question"], *(["Choices:", *options] if options else []), *([instruction] if instruction else [])])
+    lines = [example["question"]]
+    if example["choices"]:
+        lines += ["Choices:"]
+        lines += [f"({letter}) {text}" for letter, text in zip(LETTERS, example["choices"])]
+    if instruction:
+        lines += [instruction]
+    return "\n".join(lines)
 
 
-def talk_of(example: dict, args) -> list[dict]:
-    """The conversation that a chat template takes: one user turn of the image and the text."""
-    return [{"role": "user", "content": [{"type": "image", "image": read_image(example)}, {"type": "text", "text": user_text(example, args.instruction)}]}]
+def conversation(example, args):
+    """What a chat template takes: one user turn of the image and the text."""
+    image = {"type": "image", "image": read_image(example)}
+    text = {"type": "text", "text": user_text(example, args.instruction)}
+    return [{"role": "user", "content": [image, text]}]
 
 
-def encode_prompts(policy: Policy, examples: list[dict], args) -> dict[str, torch.Tensor]:
-    """Prompts by the processor's own chat template, left-padded: input_ids and attention_mask (B, L), and its image tensors.
+def encode_prompts(policy, examples, args) -> dict[str, torch.Tensor]:
+    """Prompts by the processor's own chat template, left-padded, on the model's device.
 
-    Raises InputError, naming file and line, for a prompt of more than args.max_prompt_tokens tokens.
+    Gives input_ids and attention_mask (B, L) and what the family has for its images. Raises
+    InputError, with file and line, for a prompt of more than args.max_prompt_tokens tokens.
     """
-    talks = [talk_of(example, args) for example in examples]
     try:
-        batch = policy.processor.apply_chat_template(talks, tokenize=True, add_generation_prompt=True, return_dict=True,
-                                                     processor_kwargs=dict(padding=True, padding_side="left", return_tensors="pt"))
+        batch = policy.processor.apply_chat_template(
+            [conversation(example, args) for example in examples],
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=True,
+            processor_kwargs={"padding": True, "padding_side": "left", "return_tensors": "pt"},
+        )
     except ValueError as error:  # such as an image 200 times wider than high
-        raise InputError(f"{', '.join(e['where'] for e in examples[:8])}: the processor refuses one of these prompts ({error}); "
-                         "put another image file in its place, or remove its record and start anew") from None
+        places = ", ".join(example["where"] for example in examples[:8])
+        raise InputError(
+            f"{places}: the processor refuses one of these prompts ({error})"
+        ) from None
     for example, length in zip(examples, batch["attention_mask"].sum(1).tolist()):
-        if length > args.max_prompt_tokens:
-            raise InputError(f"{example['where']}: the prompt has {length} tokens, more than --max_prompt_tokens {args.max_prompt_tokens}; "
-                             "raise the flag, or remove the record and start anew")
-    return {k: v.to(policy.model.device) for k, v in batch.items()}
+        check_length(example, length, args)
+    batch = {name: x.to(policy.model.device) for name, x in batch.items()}
+    return {name: x.to(dtype_of(args)) if x.is_floating_point() else x for name, x in batch.items()}
 
 
-def check_longest_prompts(policy: Policy, examples: list[dict], args, how_many: int = 32) -> None:
-    """Encode the prompts with the longest texts before hours are spent; raises what `encode_prompts` raises."""
-    longest = sorted(examples, key=lambda e: -len(user_text(e, args.instruction)))[:how_many]
-    encode_prompts(policy, longest, args)
+def check_length(example, length, args):
+    """Raises InputError, with file and line, for a prompt of too many tokens."""
+    if length > args.max_prompt_tokens:
+        raise InputError(
+            f"{example['where']}: the prompt has {length} tokens, more than --max_prompt_tokens "
+            f"{args.max_prompt_tokens}; raise the flag, or remove the record and start anew"
+        )
 
 
-def append_tokens(batch: dict, tails: list[list[int]], pad_id: int, left: bool = False) -> dict[str, torch.Tensor]:
-    """Append token ids to every left-padded prompt; the rows stay left-padded (left=True) or become padded on both sides.
+def check_longest_prompts(folder, examples, args):
+    """Encode the 32 prompts with the longest texts before hours are spent; raises as that does."""
+    longest = sorted(examples, key=lambda e: -len(user_text(e, args.instruction)))[:32]
+    encode_prompts(load_policy(folder, args), longest, args)
+
+
+def pad_right(rows: list[list[int]], pad_id) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of different lengths as one tensor, and its attention mask; (B, W) each.
+
+    >>> [part.tolist() for part in pad_right([[7, 8], [9]], 0)]
+    [[[7, 8], [9, 0]], [[1, 1], [1, 0]]]
+    """
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ones = [torch.ones_like(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)  # (B, W)
+    return ids, pad_sequence(ones, batch_first=True)  # (B, W)
+
+
+def append_tokens(batch, tails: list[list[int]], pad_id, left=False) -> dict:
+    """Append token ids to every left-padded prompt.
+
+    The rows stay left-padded (left) or become padded on both sides; every per-token tensor grows
+    along, of (B, L) to (B, L + W).
 
     >>> batch = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.tensor([[1, 1]])}
     >>> append_tokens(batch, [[7, 8]], 0)["input_ids"].tolist()
     [[5, 6, 7, 8]]
     """
-    width = max(map(len, tails))
-    fill = [[pad_id] * (width - len(t)) for t in tails]
-    ids = torch.tensor([t + f for t, f in zip(tails, fill)], dtype=torch.long).view(len(tails), width)  # (B, W)
-    seen = torch.tensor([[1] * len(t) + [0] * len(f) for t, f in zip(tails, fill)], dtype=torch.long).view(len(tails), width)
-    shape, joined = batch["input_ids"].shape, dict(batch)
+    ids, seen = pad_right(tails, pad_id)  # (B, W)
+    order = torch.cat([batch["attention_mask"], seen.to(batch["attention_mask"])], 1)
+    order = order.argsort(dim=1, stable=True)  # (B, L + W) what is padding first
+    joined = dict(batch)
     for name, value in batch.items():
-        if value.shape == shape:  # every per-token tensor grows along: ids, mask, token types (text tokens are type 0)
-            tail = {"input_ids": ids, "attention_mask": seen}.get(name, torch.zeros_like(ids)).to(value)
-            joined[name] = torch.cat([value, tail], 1)  # (B, L + W)
-    if left:  # move the padding between tail and edge to the front of the row
-        order = joined["attention_mask"].argsort(dim=1, stable=True)  # zeros first, tokens in their order
-        joined = {k: v.gather(1, order) if v.shape == order.shape else v for k, v in joined.items()}
+        if value.shape == batch["input_ids"].shape:  # ids, mask, token types (text has type 0)
+            tail = {"input_ids": ids, "attention_mask": seen}.get(name, torch.zeros_like(ids))
+            value = torch.cat([value, tail.to(value)], 1)  # (B, L + W)
+            joined[name] = value.gather(1, order) if left else value
     return joined
 
 
-# ---------------------------------------------------------------- generation
+# ---- sampling
+
 
 @dataclass
 class Response:
-    """One sampled response: its token ids (closing EOS left out), their text, and whether it ended by itself."""
+    """One sampled response: token ids without the closing EOS, text, whether it ended by itself."""
 
     token_ids: list[int]
     text: str
     finished: bool
-    logprobs: list[float] | None = None  # on demand: of each sampled token, the closing EOS included, at temperature 1
 
 
 def seed_of(*parts) -> int:
-    """A 48-bit seed that belongs to exactly these parts, e.g. (seed, stage, iteration, prompt id, sample).
+    """A 48-bit seed that belongs to exactly these parts: (seed, purpose, iteration, prompt, k).
 
-    >>> seed_of(0, "train", 1, "a7", 3) == seed_of(0, "train", 1, "a7", 3) != seed_of(0, "train", 1, "a7", 4)
+    >>> seed_of(0, "train", 1, "a7", 3) == seed_of(0, "train", 1, "a7", 3) != seed_of(0, "a7", 3)
     True
     """
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:6], "big")
 
 
-def take_rows(policy: Policy, cache, mask: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Keep, repeat or reorder the rows of a cache, in place, and of its attention mask (B, L), returned."""
-    for layer in cache.layers:  # the layers of linear attention (MiniCPM-V 4.6) hold a state, not keys and values, and have the second method only
+def take_rows(policy, cache, mask, index) -> torch.Tensor:
+    """Keep, repeat or reorder the rows of a cache, in place, and of its mask (B, L), returned."""
+    for layer in cache.layers:  # layers of linear attention hold a state and have the second only
         getattr(layer, "batch_select_indices", layer.reorder_cache)(index)
     inner = policy.model.base_model
-    if getattr(inner, "rope_deltas", None) is not None:  # families with 3-D positions keep one offset per row
+    if getattr(inner, "rope_deltas", None) is not None:  # 3-D positions: one offset per row
         inner.rope_deltas = inner.rope_deltas[index]
     return mask[index]
 
 
-def cached_positions(policy: Policy, mask: torch.Tensor, width: int) -> dict:
-    """{"position_ids": (3, B, width)} of the last tokens of mask (B, L) behind a cache, for families with 3-D positions (Qwen-VL); else {}.
+def cached_positions(policy, mask, width) -> dict:
+    """{"position_ids": (3, B, width)} behind a cache, for families with 3-D positions; else {}.
 
-    Left to itself their forward pass would take the positions of the whole mask; the other families count on from their cache.
+    Left to itself their forward pass would take the positions of the whole mask (B, L).
     """
-    deltas = getattr(policy.model.base_model, "rope_deltas", None)  # (B, 1) next position minus tokens so far
-    return {} if deltas is None else {"position_ids": (mask.cumsum(-1)[:, -width:] - 1 + deltas).expand(3, -1, -1)}
+    offset = getattr(policy.model.base_model, "rope_deltas", None)  # (B, 1) to the tokens so far
+    if offset is None:
+        return {}
+    return {"position_ids": (mask.cumsum(-1)[:, -width:] - 1 + offset).expand(3, -1, -1)}
 
 
-def slices_of_rows(groups: list[list], rows: int, prompts: int = 1 << 30) -> list[slice]:
-    """Cut prompts into consecutive slices of at most `rows` responses and `prompts` prompts each; a prompt is never split.
+def generate(
+    policy, examples, seeds: list[list[int]], temperature, args, prefixes=None
+) -> list[list[Response]]:
+    """Sample len(seeds[i]) responses to example i, each from its own seed; greedily at T = 0.
 
-    >>> slices_of_rows([[1, 2], [3], [4, 5, 6, 7], [8]], 3)
-    [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None)]
+    temperature: one number, or one per example. prefixes: token ids with which the responses to an
+    example have already begun; they are part of token_ids. A prompt is read once for all its
+    samples, and a sample depends on its prompt and its seed, not on its neighbours.
     """
-    slices, start = [], 0
-    while start < len(groups):
-        end = start + 1
-        while end < len(groups) and end - start < prompts and sum(map(len, groups[start:end + 1])) <= rows:
-            end += 1
-        slices.append(slice(start, end))
-        start = end
-    return slices
-
-
-def prompts_at_once(args) -> int:
-    """How many prompts, images included, one forward pass may read: on a GPU four times what one training pass holds with its gradients."""
-    return 1 << 30 if args.device == "cpu" else 4 * args.micro_batch
-
-
-class RoomyLayer(DynamicLayer):
-    """A key-value cache layer with free room at its end; DynamicLayer copies the whole cache for every token (measured: 37 % of the time)."""
-
-    def __init__(self, layer: DynamicLayer):
-        self.__dict__.update(layer.__dict__)
-        self.rooms = [self.keys, self.values]
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Write new states (b, heads, w, d) behind the cached ones; return all of them, (b, heads, L + w, d) each."""
-        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if self.rooms[0].data_ptr() != self.keys.data_ptr() or self.rooms[0].shape[2] < end:  # rows were selected, or it is full
-            self.rooms = [F.pad(x, (0, 0, 0, end - start + 32)) for x in (self.keys, self.values)]
-        for room, states in zip(self.rooms, (key_states, value_states)):
-            room[:, :, start:end] = states
-        self.keys, self.values = (room[:, :, :end] for room in self.rooms)
-        return self.keys, self.values
-
-
-def generate(policy: Policy, examples: list[dict], seeds: list[list[int]], temperature: float, args,
-             prefixes: list[list[int]] | None = None, logprobs: bool = False) -> list[list[Response]]:
-    """Sample len(seeds[i]) responses to example i, each from its own seed; greedily at temperature 0.
-
-    prefixes: token ids with which each response has already begun (a partial assistant turn); they are part of the
-    returned token_ids. Every prompt is encoded once for all its samples, and rows that have ended leave the batch, so
-    that no step is spent on them. A sample depends on its seed and its prompt, not on its neighbours. With --engine vllm a
-    vLLM engine does all this; it starts when it is first needed and holds the policy's weights until they are trained on.
-    """
-    if choose_engine(args.engine, args.device) == "vllm":
-        return engine_generate(policy, examples, seeds, temperature, args, prefixes, logprobs)
-    threads, one_by_one = torch.get_num_threads(), args.device != "cpu" or hasattr(policy.model.base_model, "rope_deltas")
-    workers = 1 if one_by_one else min(2, threads)  # two batches side by side: small matrices keep one core busy, not two
-    parts = slices_of_rows(seeds, min(args.rows, -(-sum(map(len, seeds)) // workers)), prompts_at_once(args))
     prefixes = prefixes or [[] for _ in examples]
-    jobs = ((append_tokens(encode_prompts(policy, examples[part], args), prefixes[part], policy.pad_id, left=True), seeds[part], prefixes[part])
-            for part in parts)  # one by one on a GPU: the images of a whole chunk need not fit
+    if not isinstance(temperature, list):
+        temperature = [temperature] * len(examples)
+    threads = torch.get_num_threads()
+    # On a CPU two batches side by side: small matrices keep one core busy, not two. 3-D positions
+    # are kept in the model, which two threads cannot share.
+    alone = args.device != "cpu" or hasattr(policy.model.base_model, "rope_deltas")
+    workers = 1 if alone else min(2, threads)
+
+    def run(part):
+        """The token ids of one batch."""
+        batch = encode_prompts(policy, examples[part], args)
+        batch = append_tokens(batch, prefixes[part], policy.pad_id, left=True)
+        room = [args.max_new_tokens - len(prefix) for prefix in prefixes[part]]
+        return decode(policy, batch, seeds[part], temperature[part], room)
+
+    torch.set_num_threads(threads // workers)
     try:
-        torch.set_num_threads(threads // workers)
         with ThreadPoolExecutor(workers) as pool:
-            def run(job):
-                return decode(policy, *job, temperature, args, logprobs)
-            decoded = pool.map(run, jobs) if workers > 1 else map(run, jobs)
-            decoded = [pair for part in decoded for pair in part]
+            tails = list(pool.map(run, slices_of(seeds, workers, args)))
     finally:
         torch.set_num_threads(threads)
-    responses = iter([Response(ids, policy.tokenizer.decode(ids, skip_special_tokens=True), ended, chances) for ids, ended, chances in decoded])
-    return [[next(responses) for _ in row] for row in seeds]
+    return to_responses(policy, itertools.chain(*tails), seeds, prefixes, args)
+
+
+def slices_of(rows: list[list], workers, args) -> list[slice]:
+    """Cut prompts into batches of about args.rows responses, no fewer batches than workers.
+
+    >>> slices_of([[1, 2], [3, 4], [5, 6]], 1, CommonArgs(rows=4, device="cpu"))
+    [slice(0, 2, None), slice(2, 4, None)]
+    """
+    size = args.rows // max(map(len, rows), default=1)
+    size = min(size, -(-len(rows) // workers))
+    if args.device != "cpu":  # images of a pass without gradients take a quarter of its memory
+        size = min(size, 4 * args.micro_batch)
+    size = max(size, 1)
+    return [slice(start, start + size) for start in range(0, len(rows), size)]
+
+
+def to_responses(policy, tails, seeds, prefixes, args) -> list[list[Response]]:
+    """Sampled token ids, one list per seed, as responses to each prompt; an EOS ends one."""
+    owners = [i for i, row in enumerate(seeds) for _ in row]
+    responses = [[] for _ in seeds]
+    for i, ids in zip(owners, tails):
+        ids = (prefixes[i] + ids)[: args.max_new_tokens]  # vLLM adds a token to a full prefix
+        finished = len(ids) > 0 and ids[-1] in policy.eos_ids
+        if finished:
+            ids = ids[:-1]
+        text = policy.tokenizer.decode(ids, skip_special_tokens=True)
+        responses[i].append(Response(ids, text, finished))
+    return responses
+
+
+def draw(logits, temperature, uniform) -> torch.Tensor:
+    """One token per row of logits (b, V) at its T (b,) and draw in [0, 1) (b,); greedy at T = 0.
+
+    The inverse of the cumulative distribution, in float64: in float32 a token near a border would
+    now and then depend on the other rows of the batch.
+    """
+    greedy = logits.argmax(-1)  # (b,)
+    if not temperature.any():
+        return greedy
+    heat = temperature.clamp(min=1e-6)[:, None]
+    cumulative = (logits / heat).softmax(-1, dtype=torch.float64).cumsum(-1)  # (b, V)
+    point = uniform[:, None].double() * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, point, right=True)[:, 0]
+    return torch.where(temperature > 0, token.clamp(max=logits.shape[1] - 1), greedy)
 
 
 @torch.inference_mode()
-def decode(policy: Policy, batch: dict, seeds, prefixes, temperature: float, args, logprobs: bool = False) -> list[tuple[list[int], bool, list | None]]:
-    """One batch of `generate`: prefill the prompts, repeat their caches per sample, then one token per step and row.
+def decode(policy, batch, seeds, temperatures, room) -> list[list[int]]:
+    """One batch of `generate`: read the prompts, repeat their caches per sample, then step by step.
 
-    Returns (token ids, ended by itself?, logprobs or None) of every sample, prompt by prompt.
+    Rows that have ended leave the batch, so that no step is spent on them. room: the most tokens
+    per prompt. Returns the token ids of every sample, its EOS included, prompt by prompt.
     """
-    device, n = policy.model.device, sum(map(len, seeds))
-    owner = torch.tensor([i for i, s in enumerate(seeds) for _ in s], device=device)  # (n,) prompt of each row
-    uniform = torch.stack([torch.rand(args.max_new_tokens, generator=torch.Generator().manual_seed(s))
-                           for row in seeds for s in row]).to(device)  # (n, T) one draw per row and step
+    device, most = policy.model.device, max(0, *room)
+    draws = [torch.Generator().manual_seed(seed) for row in seeds for seed in row]
+    uniform = torch.stack([torch.rand(most, generator=g) for g in draws]).to(device)  # (n, T)
+    tokens = torch.full_like(uniform, -1, dtype=torch.long)  # (n, T)
+    owner = torch.tensor([i for i, row in enumerate(seeds) for _ in row], device=device)  # (n,)
+    heat = torch.tensor(temperatures, device=device)[owner]  # (n,)
+    room = torch.tensor(room, device=device)[owner]  # (n,)
+    ends = torch.tensor(policy.eos_ids, device=device)
+
     out = policy.model(**batch, use_cache=True, logits_to_keep=1)
-    cache, logits = out.past_key_values, out.logits[:, -1].float()[owner]  # (n, V)
+    cache = out.past_key_values
     mask = take_rows(policy, cache, batch["attention_mask"], owner)  # (n, L)
-    cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    tokens = torch.full((n, args.max_new_tokens), policy.pad_id, device=device)  # (n, T)
-    length = torch.full((n,), args.max_new_tokens, device=device)  # (n,) tokens before the EOS
-    rows, ends = torch.arange(n, device=device), torch.tensor(policy.eos_ids, device=device)
-    chances = torch.zeros(tokens.shape, device=device)  # (n, T) logprob of each token
-    room = [args.max_new_tokens - len(p) for p in prefixes]
-    budget = torch.tensor(room, device=device)[owner]  # (n,) a prefix counts towards the response's length
-    finished = torch.zeros(n, dtype=torch.bool, device=device)
-    alive = torch.ones(n, dtype=torch.bool, device=device)  # (b,) of the rows still in the batch
-    for t in range(max(room)):
-        raw = logits.log_softmax(-1) if logprobs else None  # (b, V)
+    logits = out.logits[:, -1].float()[owner]  # (n, V)
+    rows = torch.arange(len(owner), device=device)  # (b,) the rows that are still in the batch
+    alive = room > 0  # (b,)
+    for t in range(most):
         logits[:, policy.banned] = -torch.inf
-        if temperature > 0:  # inverse of the cumulative distribution at the row's own draw
-            cumulative = (logits / temperature).softmax(-1).cumsum(-1)  # (b, V)
-            token = torch.searchsorted(cumulative, uniform[rows, t, None] * cumulative[:, -1:], right=True)[:, 0]
-            token = token.clamp(max=logits.shape[1] - 1)
-        else:
-            token = logits.argmax(-1)  # (b,)
-        tokens[rows, t] = token
-        if logprobs:
-            chances[rows, t] = raw.gather(1, token[:, None])[:, 0]
-        ended = alive & torch.isin(token, ends)
-        full = alive & ~ended & (t + 1 >= budget[rows])
-        length[rows[ended]], finished[rows[ended]], length[rows[full]] = t, True, t + 1
-        alive = alive & ~ended & ~full
+        token = draw(logits, heat[rows], uniform[rows, t])  # (b,)
+        tokens[rows[alive], t] = token[alive]
+        alive = alive & ~torch.isin(token, ends) & (t + 1 < room[rows])
         if not alive.any():
             break
-        if alive.float().mean() < 0.8:  # rows that have ended leave; copying the cache costs about one step
+        if alive.float().mean() < 0.8:  # copying the cache costs about one step
             keep = alive.nonzero()[:, 0]
-            rows, token, alive, mask = rows[keep], token[keep], alive[keep], take_rows(policy, cache, mask, keep)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        logits = policy.model(input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True,
-                              **cached_positions(policy, mask, 1)).logits[:, -1].float()
-    tokens, length = tokens.tolist(), length.tolist()
-    return [(prefixes[i] + tokens[k][:length[k]], ended, chances[k, :length[k] + ended].tolist() if logprobs else None)
-            for k, (i, ended) in enumerate(zip(owner.tolist(), finished.tolist()))]
+            mask = take_rows(policy, cache, mask, keep)
+            rows, token, alive = rows[keep], token[keep], alive[keep]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)  # (b, L + t)
+        place = cached_positions(policy, mask, 1)
+        out = policy.model(token[:, None], attention_mask=mask, past_key_values=cache, **place)
+        logits = out.logits[:, -1].float()  # (b, V)
+    return [[token for token in row if token >= 0] for row in tokens.tolist()]
 
 
-# ---------------------------------------------------------------- generation by vLLM
+class Sampler:
+    """A policy folder (and a PRM folder) that samples; loaded when first needed, gone after `with`.
 
-ENGINES = []  # (policy, vLLM engine that holds its weights, the trainer's device): at most one; it lives from the first generation to the next training
-
-
-@lru_cache(maxsize=None)
-def choose_engine(wanted: str, device: str) -> str:
-    """"vllm" or "transformers" for the flags --engine and --device; the choice and its reason are printed once.
-
-    Raises InputError for an unknown name, and where vLLM is asked for and cannot run.
+    With --engine vllm a vLLM process holds the policy; it starts and ends with this object.
     """
-    if wanted not in ("auto", "vllm", "transformers"):
-        raise InputError(f"--engine {wanted} is not one of auto, vllm, transformers")
-    lack = "asked for" if wanted == "transformers" else vllm_lacks(device)
-    if lack and wanted == "vllm":
-        raise InputError(f"--engine vllm cannot run: {lack}; see the README's GPU section, or use --engine transformers")
-    print(f"engine: {'transformers' if lack else 'vllm'} ({lack or 'it is installed for ' + device})", flush=True)
-    return "transformers" if lack else "vllm"
+
+    def __init__(self, policy, args, prm=None):
+        self.folders = (policy, prm)
+        self.args = args
+        self.policy = self.prm = self.engine = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.engine:
+            self.engine.llm_engine.engine_core.shutdown()
+            for child in multiprocessing.active_children():
+                child.join(30)  # its memory is free when it has ended
+        self.policy = self.prm = self.engine = None
+        free_memory()
+
+    def start(self, example):
+        """Load both folders; the example is what an engine is proved on."""
+        policy, prm = self.folders
+        if self.args.engine == "vllm":
+            self.engine = start_engine(policy, self.args)
+        self.policy = load_policy(policy, self.args)
+        if self.engine:
+            prove_engine(self.engine, self.policy, example, self.args)
+            self.policy.model = None  # the engine has it
+            free_memory()
+        if prm:
+            self.prm = load_prm(prm, self.args)
+
+    def sample(
+        self, path, examples, n, temperature, purpose, iteration=0, right_only=False, prefixes=None
+    ):
+        """Phase: n checked samples per example as JSONL rows, in the order of the examples.
+
+        Each is seeded by (purpose, iteration, prompt, sample), or by its prefix in place of the
+        iteration. temperature: a number or one per example. With a PRM a row gets its step scores
+        and R_p; right_only: R = 1(a = a*) x R_p instead, for examples whose answer is known: wrong
+        samples have R = 0 and are not scored.
+        """
+        heats = temperature if isinstance(temperature, list) else [temperature] * len(examples)
+
+        def produce(places):
+            """The rows of a chunk."""
+            chunk = [examples[i] for i in places]
+            heat = [heats[i] for i in places]
+            begun = [prefixes[i] for i in places] if prefixes else [[]] * len(chunk)
+            seeds = []
+            for example, prefix in zip(chunk, begun):
+                key = (example["id"], prefix) if prefix else (iteration, example["id"])
+                seeds.append([seed_of(self.args.seed, purpose, *key, k) for k in range(n)])
+            if self.policy is None:
+                self.start(chunk[0])
+            given = (self.policy, chunk, seeds, heat, self.args, begun)
+            responses = engine_generate(self.engine, *given) if self.engine else generate(*given)
+            groups = []
+            for i, example in enumerate(chunk):
+                groups.append([])
+                for k, response in enumerate(responses[i]):
+                    row = {"id": example["id"], "iteration": iteration, "sample": k}
+                    row |= {"seed": seeds[i][k], "temperature": heat[i]}
+                    row |= {"prefix_length": len(begun[i])} | check(response, example)
+                    groups[-1].append(row)
+            if self.prm:
+                self.score(groups, chunk, right_only)
+            return itertools.chain(*groups)
+
+        write_chunks(path, range(len(examples)), produce, self.args, Path(path).stem)
+
+    def score(self, groups, examples, right_only):
+        """Give every row of each example its step scores and reward; a cut response has none."""
+        known = [right_only and example["answer"] is not None for example in examples]
+        token_ids = []
+        for group, judged in zip(groups, known):
+            token_ids.append([])
+            for row in group:
+                wanted = row["finished"] and (row["correct"] or not judged)
+                token_ids[-1].append(row["token_ids"] if wanted else [])
+        scores = score_steps(self.prm, examples, token_ids, self.args)
+        for group, judged, found in zip(groups, known, scores):
+            for row, steps in zip(group, found):
+                reward = round(response_reward(steps, self.args.aggregate), 6)  # -1: no step
+                row["step_scores"] = [round(score, 6) for score in steps]
+                row["reward"] = max(reward, 0.0) if judged else reward
+
+    def look(self, folder, name, examples, k, temperature, purpose, iteration=0):
+        """Two phases: a greedy response each, <name>_greedy.jsonl, and k, <name>_samples.jsonl."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for kind, n, heat in (("greedy", 1, 0.0), ("samples", k, temperature)):
+            self.sample(f"{folder}/{name}_{kind}.jsonl", examples, n, heat, purpose, iteration)
 
 
-def vllm_lacks(device: str) -> str:
-    """Why vLLM cannot generate on this device; an empty text if it can."""
-    if importlib.util.find_spec("vllm") is None:
-        return "vLLM is not installed"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a forked engine would inherit the lock of the run folder
-    try:
-        from vllm.platforms import current_platform
-    except ImportError as error:
-        return f"vLLM cannot be imported ({error})"
-    if torch.device(device).index:
-        return "vLLM takes the first visible GPU, so name another one by CUDA_VISIBLE_DEVICES, not by --device"
-    return "" if current_platform.device_type == torch.device(device).type else f"vLLM is built for {current_platform.device_type or 'no device here'}, not for {device}"
+def check(response, example):
+    """What a row says of a response and whether it is right; a cut one has no final answer."""
+    answer = extract_answer(response.text, example) if response.finished else None
+    return {
+        "response": response.text,
+        "token_ids": response.token_ids,
+        "finished": response.finished,
+        "answer": canonical(answer, example),
+        "correct": example["answer"] is not None and is_correct(answer, example),
+    }
 
 
-def move_trainer(policy: Policy, device) -> None:
-    """Move a policy's weights and its optimizer's masters and moments to a device, in place."""
-    policy.model.to(device)
-    for p in (p for group in policy.optimizer.param_groups for p in group["params"]) if policy.optimizer else ():
-        p.data = p.data.to(device)
-        if p in policy.optimizer.state:
-            policy.optimizer.state[p] = {k: v.to(device) for k, v in policy.optimizer.state[p].items()}
+def free_memory():
+    """Give back what is no longer used, so that another process may take it."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def close_engine() -> None:
-    """End the engine's process, so that all its memory is free, and bring the trainer's tensors back."""
-    while ENGINES:
-        policy, engine, device = ENGINES.pop()
-        engine.llm_engine.engine_core.shutdown()
-        del engine
-        gc.collect()
-        for child in multiprocessing.active_children():  # until its memory is really free
-            child.join(30)
-        move_trainer(policy, device)
+# ---- sampling by vLLM
 
 
-def start_engine(policy: Policy, example: dict, args) -> None:
-    """Start a vLLM engine with the policy's weights as they are now, and prove on one prompt that it is the same model.
+def choose_engine(wanted, device) -> str:
+    """What --engine asks for on a device, "vllm" or "transformers"; says which and why.
 
-    The policy is written as a checkpoint, processor included, and a new process reads it. Raises InputError if vLLM expands the
-    prompt to other token ids than the trainer, or if its greedy logprobs differ by more than rounding.
+    Raises InputError where vLLM is asked for and cannot run.
     """
+    lack = "asked for" if wanted == "transformers" else vllm_lacks(device)
+    if lack and wanted == "vllm":
+        raise InputError(f"--engine vllm cannot run: {lack}; or use --engine transformers")
+    chosen = "transformers" if lack else "vllm"
+    print(f"engine: {chosen} ({lack or 'it is installed for ' + device})", flush=True)
+    return chosen
+
+
+def vllm_lacks(device):
+    """Why vLLM cannot generate on this device; an empty text if it can."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # A forked engine would inherit the lock of the run folder.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        return f"vLLM is not installed, or broken: {error}"
+    wanted, built = torch.device(device), current_platform.device_type
+    if wanted.index:
+        return "vLLM takes the first visible GPU: name another by CUDA_VISIBLE_DEVICES"
+    return "" if built == wanted.type else f"vLLM is built for {built}, not for {device}"
+
+
+def start_engine(folder, args):
+    """A vLLM engine, in a process of its own, that holds a policy folder's weights."""
     import vllm
-    close_engine()
-    clock, device, text = time.time(), policy.model.device, policy.model.config.get_text_config()
-    ids = encode_prompts(policy, [example], args)["input_ids"][0].tolist()
-    probe = replace(args, engine="transformers", max_new_tokens=min(16, args.max_new_tokens))
-    wanted = generate(policy, [example], [[0]], 0.0, probe, logprobs=True)[0][0]
-    Path(args.runs).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="engine-", dir=args.runs) as folder:
-        save_model(policy, Path(folder) / "policy")
-        if args.offload:
-            move_trainer(policy, "cpu")
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what training left in the allocator counts as used memory for vLLM
-        try:
-            engine = vllm.LLM(f"{folder}/policy", dtype=str(policy.model.dtype).removeprefix("torch."), gpu_memory_utilization=args.engine_memory,
-                              max_model_len=min(args.max_prompt_tokens + args.max_new_tokens, getattr(text, "max_position_embeddings", 1 << 20)), enable_prefix_caching=True,
-                              limit_mm_per_prompt={"image": 1, "video": 0}, generation_config="vllm", trust_remote_code=args.trust_remote_code,
-                              enforce_eager=args.device == "cpu", disable_log_stats=True,
-                              **({"enable_chunked_prefill": False} if args.device == "cpu" else {}))  # a seeded prompt cut in two crashes its CPU sampler
-        except (ValueError, RuntimeError) as error:
-            raise InputError(f"vLLM did not start ({str(error).splitlines()[0]}); its own words stand above. If it lacks memory, change --engine_memory "
-                             f"(now {args.engine_memory}) or use --offload; --engine transformers does without it") from None
-        ENGINES.append((policy, engine, device))
-        off = probe_engine(policy, engine, example, ids, wanted, probe)
-    print(f"engine: vLLM started in {time.time() - clock:.0f} s; logprobs of {len(wanted.logprobs)} tokens within {off:.4f} of the trainer's", flush=True)
+
+    code = {"trust_remote_code": args.trust_remote_code}
+    context = args.max_prompt_tokens + args.max_new_tokens
+    text = AutoConfig.from_pretrained(folder, **code).get_text_config()
+    settings = {
+        "dtype": args.dtype,
+        "gpu_memory_utilization": args.engine_memory,
+        "max_model_len": min(context, getattr(text, "max_position_embeddings", context)),
+        "enable_prefix_caching": True,
+        "limit_mm_per_prompt": {"image": 1, "video": 0},
+        "mm_processor_kwargs": json.loads(args.processor),
+        "generation_config": "vllm",
+        "disable_log_stats": True,
+        "enforce_eager": args.device == "cpu",
+    }
+    if args.device == "cpu":  # a seeded prompt that is cut in two crashes vLLM's CPU sampler
+        settings["enable_chunked_prefill"] = False
+    before, local = dict(os.environ), os.environ.get("LOCAL_RANK")
+    if local and torch.cuda.is_available():  # this rank's GPU
+        visible = before.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(64)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local)]
+    theirs = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in theirs:  # torchrun's; the engine is none of its ranks
+        os.environ.pop(name, None)
+    try:
+        return vllm.LLM(str(folder), **settings, **code)
+    except (ValueError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(
+            f"vLLM did not start ({why}); its own words stand above. If it lacks memory, change "
+            "--engine_memory; --engine transformers does without it"
+        ) from None
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
-def probe_engine(policy: Policy, engine, example: dict, ids: list[int], wanted: Response, args) -> float:
-    """Compare the engine with the trainer on one prompt; the largest difference of logprobs, or InputError if it is too large.
+def ask_engine(engine, policy, examples, seeds, temperatures, args, prefixes) -> list:
+    """vLLM's outputs, one per sample, prompt by prompt; each is a request with a seed of its own.
 
-    ids: the trainer's prompt, expanded. wanted: its greedy response with logprobs. Where rounding lets the two choose another
-    token, the comparison ends with that token.
-    """
-    (output,), (theirs,) = ask_engine(policy, engine, [example], [[0]], 0.0, args, [[]], True)
-    for place, (a, b) in enumerate(zip([*ids, None], [*output.prompt_token_ids, None])):
-        if a != b:
-            raise InputError(f"vLLM and the trainer read {example['where']} differently, first at token {place} of the prompt: trainer {a}, vLLM {b}; "
-                             "use --engine transformers for this model")
-    exact, off = policy.model.dtype == torch.float32, []  # differences in nats; bfloat16 rounds a logit of 20 by 0.06
-    for place, (a, b) in enumerate(zip(wanted.logprobs, theirs[0].logprobs)):
-        off.append(abs(a - b))
-        if wanted.token_ids[place:place + 1] != theirs[0].token_ids[place:place + 1]:
-            break
-    if max(off) > (0.02 if exact else 0.3) and (exact or len(off) < 5 or sum(off) / len(off) > 0.1):  # in bfloat16 one token of many may be far off
-        place = off.index(max(off))
-        raise InputError(f"vLLM does not hold the policy's weights: greedy logprob {place} of {example['where']} is {theirs[0].logprobs[place]:.4f} there, "
-                         f"{wanted.logprobs[place]:.4f} in the trainer; use --engine transformers")
-    return max(off)
-
-
-def ask_engine(policy: Policy, engine, examples, seeds, temperature: float, args, prefixes, logprobs: bool) -> tuple[list, list[list[Response]]]:
-    """vLLM's raw outputs, one per sample, and the responses by prompt. Every sample is a request of its own, with its own seed.
-
-    Prompts go in as token ids with unexpanded image placeholders, so that a prefix is continued exactly where it ends.
+    Prompts go in as token ids with unexpanded image placeholders, so that a prefix is continued
+    exactly where it ends. Raises InputError for a prompt that is too long.
     """
     from vllm import SamplingParams
-    prompts, settings = [], []
-    for example, row, prefix in zip(examples, seeds, prefixes):
-        talk, bos = talk_of(example, args), policy.tokenizer.bos_token
-        text = policy.processor.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        ids = policy.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
-        prompts += [{"prompt_token_ids": ids + prefix, "multi_modal_data": {"image": talk[0]["content"][0]["image"]}}] * len(row)
-        settings += [SamplingParams(temperature=temperature, seed=seed, max_tokens=max(1, args.max_new_tokens - len(prefix)), stop_token_ids=policy.eos_ids,
-                                    logit_bias={i: -100.0 for i in policy.banned}, logprobs=0 if logprobs else None, detokenize=False) for seed in row]
+
+    tokenizer, prompts, settings, owners = policy.tokenizer, [], [], []
+    for i, example in enumerate(examples):
+        talk = conversation(example, args)
+        text = policy.processor.apply_chat_template(
+            talk, tokenize=False, add_generation_prompt=True
+        )
+        begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        ids = tokenizer(text, add_special_tokens=not begun)["input_ids"] + prefixes[i]
+        image = {"image": talk[0]["content"][0]["image"]}
+        for seed in seeds[i]:
+            owners.append(i)
+            prompts.append({"prompt_token_ids": ids, "multi_modal_data": image})
+            asked = SamplingParams(
+                temperature=temperatures[i],
+                seed=seed,
+                max_tokens=max(1, args.max_new_tokens - len(prefixes[i])),
+                stop_token_ids=policy.eos_ids,
+                logit_bias={token: -100.0 for token in policy.banned},
+                logprobs=0,
+                detokenize=False,
+            )
+            settings.append(asked)
     try:
-        outputs, responses = engine.generate(prompts, settings, use_tqdm=False), []
+        outputs = engine.generate(prompts, settings, use_tqdm=False)
     except ValueError as error:
-        raise InputError(f"vLLM refuses a prompt ({str(error).splitlines()[0]}); raise --max_prompt_tokens, or remove its record and start anew") from None
-    for output, (example, prefix) in zip(outputs, ((e, p) for e, p, row in zip(examples, prefixes, seeds) for _ in row)):
-        if (length := len(output.prompt_token_ids) - len(prefix)) > args.max_prompt_tokens:
-            raise InputError(f"{example['where']}: the prompt has {length} tokens, more than --max_prompt_tokens {args.max_prompt_tokens}; "
-                             "raise the flag, or remove the record and start anew")
-        sampled = output.outputs[0]
-        tokens, ended = list(sampled.token_ids), sampled.finish_reason == "stop"
-        chances = [step[token].logprob for step, token in zip(sampled.logprobs, tokens)] if logprobs else None
-        ids = prefix + (tokens[:-1] if ended and tokens[-1] in policy.eos_ids else tokens)
-        responses.append(Response(ids, policy.tokenizer.decode(ids, skip_special_tokens=True), ended, chances))
-    flat = iter(responses)
-    return outputs, [[next(flat) for _ in row] for row in seeds]
+        why = str(error).splitlines()[0]
+        raise InputError(f"vLLM refuses a prompt ({why}); raise --max_prompt_tokens") from None
+    for i, output in zip(owners, outputs):
+        check_length(examples[i], len(output.prompt_token_ids) - len(prefixes[i]), args)
+    return outputs
 
 
-def engine_generate(policy: Policy, examples, seeds, temperature: float, args, prefixes=None, logprobs: bool = False) -> list[list[Response]]:
-    """`generate` by vLLM, on an engine that holds this policy's weights."""
-    if not (ENGINES and ENGINES[0][0] is policy):
-        start_engine(policy, examples[0], args)
-    return ask_engine(policy, ENGINES[0][1], examples, seeds, temperature, args, prefixes or [[] for _ in examples], logprobs)[1]
+def engine_generate(engine, policy, examples, seeds, temperatures, args, prefixes):
+    """`generate` by vLLM."""
+    outputs = ask_engine(engine, policy, examples, seeds, temperatures, args, prefixes)
+    tails = [list(output.outputs[0].token_ids) for output in outputs]
+    return to_responses(policy, tails, seeds, prefixes, args)
 
 
-# ---------------------------------------------------------------- steps and PRM scores
+def prove_engine(engine, policy, example, args):
+    """Raises InputError unless vLLM reads one prompt, and holds the weights, as transformers does.
+
+    Its greedy tokens are scored by the policy's own forward pass. Their logprobs differ by
+    rounding, on average by less than 0.02 nats in float32 and 0.1 in bfloat16, which rounds a logit
+    of 20 by 0.06; wrong weights are off by far more, and vLLM raises nothing.
+    """
+    short = replace(args, max_new_tokens=min(16, args.max_new_tokens))
+    (output,) = ask_engine(engine, policy, [example], [[0]], [0.0], short, [[]])
+    mine = encode_prompts(policy, [example], args)["input_ids"][0].tolist()
+    theirs, sampled = list(output.prompt_token_ids), output.outputs[0]
+    advice = "use --engine transformers for this model"
+    if mine != theirs:
+        ids = f"transformers {mine}, vLLM {theirs}"
+        raise InputError(f"{example['where']}: the prompt's token ids differ, {ids}; {advice}")
+    tokens = list(sampled.token_ids)
+    steps = zip(sampled.logprobs, tokens)
+    there = torch.tensor([step[token].logprob for step, token in steps])  # (W,)
+    with torch.inference_mode():
+        here = token_logprobs(policy, [example], [tokens], args)[0][0].cpu()  # (W,)
+    off = (here - there).abs().mean().item()
+    figures = f"{len(tokens)} greedy logprobs are {off:.4f} apart on average"
+    if not off < (0.02 if args.dtype == "float32" else 0.1):
+        raise InputError(f"vLLM does not hold the policy's weights: {figures}; {advice}")
+    print(f"engine: vLLM started and holds the policy's weights: {figures}", flush=True)
+
+
+# ---- steps and PRM scores
+
 
 @lru_cache(maxsize=None)
-def token_text(tokenizer, token: int) -> str:
+def token_text(tokenizer, token):
     """The text of one token; decoding is slow and a response has many tokens."""
     return tokenizer.decode([token])
 
 
 def step_ends(token_ids: list[int], tokenizer) -> list[int]:
-    r"""Where each step of a response ends: exclusive indices into its token ids; the last is the response's length.
+    r"""Where each step of a response ends: exclusive indices into its token ids.
 
-    A step is a line that holds more than white space and ends with the token that holds its line break; blank lines
-    belong to the step before them. A response without a step gives an empty list.
+    A step is a line that holds more than white space and ends with the token that holds its line
+    break; blank lines belong to the step before them. Without a step the list is empty.
 
     >>> class Words:
     ...     def decode(self, ids): return {1: "3 + 4 = 7", 2: "\n", 3: "Answer : 7"}[ids[0]]
@@ -1062,117 +1419,98 @@ def step_ends(token_ids: list[int], tokenizer) -> list[int]:
     [3, 4]
     """
     ends, content = [], False
-    for i, token in enumerate(token_ids):
-        text = token_text(tokenizer, token)
-        if "\n" in text:
-            if content or text.split("\n")[0].strip():
-                ends.append(i + 1)
-            elif ends:
-                ends[-1] = i + 1
-            content = bool(text.rsplit("\n", 1)[1].strip())
-        else:
-            content = content or bool(text.strip())
-    if content:
-        ends.append(len(token_ids))
-    elif ends:
-        ends[-1] = len(token_ids)
+    for end, token in enumerate(token_ids, 1):
+        lines = token_text(tokenizer, token).split("\n")
+        content = content or bool(lines[0].strip())
+        if len(lines) == 1 and end < len(token_ids):
+            continue
+        if content:
+            ends.append(end)
+        elif ends:
+            ends[-1] = end
+        content = bool(lines[-1].strip())
     return ends
 
 
-def step_logits(prm: Policy, hidden: torch.Tensor, ends: list[list[int]], offset: int) -> torch.Tensor:
-    """Logit of "this step is good" for every step of a batch: the ONE place where a step's score is read.
+def step_logits(prm, inputs, ends: list[list[int]], offset) -> torch.Tensor:
+    """Logit of "this step is good" for every step of a batch: the ONE place a step's score is read.
 
-    hidden: (B, L, H) last hidden states; a step that ends at `end` is read at position offset + end - 1, its own last
-    token. Good and bad are two tokens of the vocabulary (prm.marks), so a PRM stays a plain language-model checkpoint.
-    Returns (number of steps in the batch,), row by row.
+    inputs: of the model's forward pass, (B, L). A step that ends at `end` is read at position
+    offset + end - 1, its own last token, as logit(good) - logit(bad) of two tokens of the
+    vocabulary, so that a PRM stays a plain language-model checkpoint. Returns (steps of the
+    batch,), row by row.
     """
-    row = torch.tensor([i for i, e in enumerate(ends) for _ in e], dtype=torch.long, device=hidden.device)
-    position = torch.tensor([offset + end - 1 for e in ends for end in e], dtype=torch.long, device=hidden.device)
-    good, bad = prm.model.get_output_embeddings().weight[list(prm.marks)].float()  # (H,) each
-    return hidden[row, position].float() @ (good - bad)  # (S,)
+    rows = [i for i, row in enumerate(ends) for _ in row]
+    places = [offset + end - 1 for row in ends for end in row]
+    places = torch.tensor(places, dtype=torch.long, device=prm.model.device)  # (S,)
+    kept, columns = places.unique(return_inverse=True)
+    logits = prm.model(**inputs, logits_to_keep=kept).logits  # (B, kept, V)
+    if logits.shape[1] > len(kept):  # a model that gives all positions
+        columns = places
+    good, bad = prm.marks
+    return logits[rows, columns, good].float() - logits[rows, columns, bad].float()  # (S,)
 
 
 @torch.inference_mode()
-def score_steps(prm: Policy, examples: list[dict], responses: list[list[list[int]]], args) -> list[list[list[float]]]:
-    """f(s_j): the PRM's score in [0, 1] of every step of responses[i][k] to example i, in one forward pass per batch.
+def score_steps(prm, examples, responses: list[list[list[int]]], args) -> list:
+    """f(s_j) in [0, 1] of every step of responses[i][k] to example i: [i][k][j]; no step, no score.
 
-    The prompt, image included, runs once for all responses to it. A response without a step gets an empty list.
+    A prompt, its image included, is read once for all responses to it; one without a response is
+    not read.
     """
-    scores: list[list[list[float]]] = [[] for _ in responses]
-    full = [i for i, row in enumerate(responses) if row]  # a prompt without a response is not even read
-    for part in slices_of_rows([responses[i] for i in full], args.rows, prompts_at_once(args)):
-        for i, row in zip(full[part], score_batch(prm, [examples[i] for i in full[part]], [responses[i] for i in full[part]], args)):
-            scores[i] = row
+    scores = [[[] for _ in row] for row in responses]
+    # Prompts whose responses are of like length together: little is spent on padding.
+    asked = [i for i, row in enumerate(responses) if any(row)]
+    asked.sort(key=lambda i: max(map(len, responses[i])))
+    few = replace(args, rows=min(args.rows, 64))  # more rows are padded to the longest of them all
+    for part in slices_of([responses[i] for i in asked], 1, few):
+        batch = asked[part]
+        places = [(i, k) for i in batch for k, tail in enumerate(responses[i]) if len(tail) > 0]
+        tails = [responses[i][k] for i, k in places]
+        prompts = encode_prompts(prm, [examples[i] for i in batch], args)
+        cache = prm.model(**prompts, use_cache=True, logits_to_keep=1).past_key_values
+        owner = torch.tensor([batch.index(i) for i, _ in places], device=prm.model.device)  # (n,)
+        mask = take_rows(prm, cache, prompts["attention_mask"], owner)  # (n, L)
+        ids, seen = pad_right(tails, prm.pad_id)  # (n, W)
+        mask = torch.cat([mask, seen.to(mask)], 1)  # (n, L + W)
+        inputs = {"input_ids": ids.to(mask), "attention_mask": mask, "past_key_values": cache}
+        inputs |= cached_positions(prm, mask, ids.shape[1])
+        ends = [step_ends(tail, prm.tokenizer) for tail in tails]
+        read = iter(step_logits(prm, inputs, ends, 0).sigmoid().tolist())
+        for (i, k), row in zip(places, ends):
+            scores[i][k] = list(itertools.islice(read, len(row)))
     return scores
 
 
-def score_batch(prm: Policy, examples, responses, args) -> list[list[list[float]]]:
-    """One batch of `score_steps`."""
-    flat = [ids for row in responses for ids in row]
-    ends = [step_ends(ids, prm.tokenizer) for ids in flat]
-    if not any(ends):
-        return [[[] for _ in row] for row in responses]
-    device, inner = prm.model.device, prm.model.base_model
-    owner = torch.tensor([i for i, row in enumerate(responses) for _ in row], device=device)  # (n,)
-    batch = encode_prompts(prm, examples, args)
-    prompts = inner(**batch, use_cache=True).past_key_values
-    deltas, scores = getattr(inner, "rope_deltas", None), [[] for _ in flat]
-    parts, length = [], batch["input_ids"].shape[1]
-    for k in sorted((k for k in range(len(flat)) if ends[k]), key=lambda k: len(flat[k])):  # responses of like length together: little is spent on padding
-        if parts and len(parts[-1]) < 128 and (len(parts[-1]) + 1) * (length + len(flat[k])) <= 1 << 16:
-            parts[-1].append(k)
-        else:
-            parts.append([k])
-    for part in parts:
-        cache = copy(prompts)  # choosing rows makes new keys and values, so these can be shared
-        cache.layers = [copy(layer) if type(layer) is DynamicLayer else deepcopy(layer) for layer in prompts.layers]
-        if deltas is not None:
-            inner.rope_deltas = deltas
-        mask = take_rows(prm, cache, batch["attention_mask"], owner[part])  # (b, L)
-        tails = append_tokens({"input_ids": mask[:, :0], "attention_mask": mask[:, :0]}, [flat[k] for k in part], prm.pad_id)
-        mask = torch.cat([mask, tails["attention_mask"]], 1)  # (b, L + W)
-        hidden = inner(input_ids=tails["input_ids"], attention_mask=mask, past_key_values=cache, use_cache=True,
-                       **cached_positions(prm, mask, tails["input_ids"].shape[1])).last_hidden_state  # (b, W, H)
-        good = iter(step_logits(prm, hidden, [ends[k] for k in part], 0).sigmoid().tolist())
-        for k in part:
-            scores[k] = [next(good) for _ in ends[k]]
-    by_row = iter(scores)
-    return [[next(by_row) for _ in row] for row in responses]
+def response_reward(scores, aggregate="min") -> float:
+    """R_p(y) = min_j f(s_j), or another aggregate; -1, below all, without a step (paper, 2).
 
-
-def response_reward(scores: list[float], aggregate: str = "min") -> float:
-    """R_p(y) = min_j f(s_j), or another aggregate, and -1, below every score, for a response without a step (paper, section 2).
-
-    >>> response_reward([0.9, 0.2, 0.7]), response_reward([]), response_reward([0.5, 0.5], "product")
+    >>> response_reward([0.9, 0.2]), response_reward([]), response_reward([0.5, 0.5], "product")
     (0.2, -1.0, 0.25)
     """
-    return AGGREGATES[aggregate](scores) if scores else -1.0
+    if not scores:
+        return -1.0
+    if aggregate == "mean":
+        return sum(scores) / len(scores)
+    if aggregate == "last":
+        return scores[-1]
+    return min(scores) if aggregate == "min" else math.prod(scores)
 
 
-# ---------------------------------------------------------------- selection and metrics
+# ---- selection and metrics
 
-def top_k(rewards: list[float], k: int) -> list[int]:
+
+def top_k(rewards, k) -> list[int]:
     """Indices of the k largest rewards, largest first; of equal ones the earlier sample wins.
 
     >>> top_k([0.2, 0.9, 0.9, 0.5], 2)
     [1, 2]
     """
-    return sorted(range(len(rewards)), key=lambda i: (-rewards[i], i))[:k]
+    return sorted(range(len(rewards)), key=lambda i: -rewards[i])[:k]  # stable
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k).
-
-    >>> round(pass_at_k(4, 1, 2), 6)
-    0.5
-    """
-    if not 0 < k <= n:
-        raise ValueError(f"Pass@{k} needs at least {k} samples, found {n}")
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def reward_pass_at_k(rewards: list[float], correct: list[bool], k: int) -> bool:
-    """Whether one of the k samples that the reward ranks first, of all samples, is right (paper, section 5).
+def reward_pass_at_k(rewards, correct, k) -> bool:
+    """Whether one of the k samples that the reward ranks first, of all, is right (paper, 5).
 
     >>> reward_pass_at_k([0.9, 0.1, 0.8], [False, True, False], 2)
     False
@@ -1180,173 +1518,86 @@ def reward_pass_at_k(rewards: list[float], correct: list[bool], k: int) -> bool:
     return any(correct[i] for i in top_k(rewards, k))
 
 
-def vote(answers: list[str | None], weights: list[float]) -> str | None:
-    """The answer with the largest total weight; of equal ones the one sampled first. Unparsable answers have no vote.
+def vote(answers, weights) -> str | None:
+    """The answer with the largest total weight, of equal ones the first; None has no vote.
 
     >>> vote(["7", "8", None, "8"], [1.0, 0.6, 9.0, 0.6])
     '8'
     """
-    totals: dict[str, float] = {}
+    totals = Counter()
     for answer, weight in zip(answers, weights):
         if answer is not None:
-            totals[answer] = totals.get(answer, 0.0) + weight
+            totals[answer] += weight
     return max(totals, key=totals.get, default=None)  # max keeps the first of equals
 
 
-def load_checker(spec: str):
-    """The function FILE:FUNCTION(response, example) that knows whether a chain is right, or None; only reports use it."""
-    path, name = spec.rsplit(":", 1)
-    if not Path(path).is_file():
-        raise InputError(f"--chain_checker names {path}, which does not exist")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("chain_checker", path))
-    module.__spec__.loader.exec_module(module)
-    return getattr(module, name)
+def distinct(rows) -> list[dict]:
+    """Identical responses to one prompt once, the first of them, in their order.
 
-
-def search_temperature(grid: list[float], objective, current: float) -> tuple[float, list[dict]]:
-    """T <- argmax of objective(T) over the grid; of equal ones the nearest to the current T, then the lower.
-
-    Returns (best temperature, the whole curve as [{"temperature", "objective"}, ...]) (paper, section 5).
+    >>> rows = [{"id": p, "token_ids": t} for p, t in (("a", [1]), ("a", [1]), ("b", [1]))]
+    >>> [row["id"] for row in distinct(rows)]
+    ['a', 'b']
     """
-    curve = [{"temperature": t, "objective": objective(t)} for t in grid]
-    best = min(curve, key=lambda row: (-row["objective"], round(abs(row["temperature"] - current), 6), row["temperature"]))
-    return best["temperature"], curve
-
-
-def checked(response: Response, example: dict) -> dict:
-    """The part of a JSON row that says what a response is and whether it is right; a cut response has no final answer."""
-    answer = extract_answer(response.text, example) if response.finished else None
-    return {"response": response.text, "token_ids": response.token_ids, "finished": response.finished,
-            "answer": canonical(answer, example["choices"], example), "correct": is_correct(answer, example)}
-
-
-def verdict_if_wrong(row: dict) -> dict:
-    """What is kept in memory of a row that nothing trains on: see `append_chunks`."""
-    return row if row["correct"] else {key: row[key] for key in ("id", "answer", "correct")}
-
-
-def sample_rows(policy: Policy, examples: list[dict], n: int, temperature: float, purpose: str, iteration: int, args,
-                prm: Policy | None = None, right_only: bool = False) -> list[dict]:
-    """n checked samples per prompt as JSON rows, each seeded by (purpose, iteration, prompt, sample).
-
-    With a PRM also step scores and reward: R_p of every sample, or (right_only) R = 1(a = a*) x R_p, whose wrong
-    samples have reward 0 and need no scoring.
-    """
-    seeds = [[seed_of(args.seed, purpose, iteration, e["id"], k) for k in range(n)] for e in examples]
-    responses = generate(policy, examples, seeds, temperature, args)
-    rows = []
-    for i, example in enumerate(examples):
-        for k, response in enumerate(responses[i]):
-            rows.append({"id": example["id"], "iteration": iteration, "sample": k, "temperature": temperature, "seed": seeds[i][k], **checked(response, example)})
-    if prm:
-        wanted = [[row for row in rows[i * n:(i + 1) * n] if row["finished"] and (row["correct"] or not right_only)] for i in range(len(examples))]
-        scores = score_steps(prm, examples, [[row["token_ids"] for row in group] for group in wanted], args)
-        for row in rows:  # a cut response is below every score; a wrong one has R = 0
-            row |= {"step_scores": [], "reward": 0.0 if right_only else -1.0}
-        for row, steps in zip(sum(wanted, []), sum(scores, [])):
-            row |= {"step_scores": [round(f, 6) for f in steps], "reward": round(response_reward(steps, args.aggregate), 6)}
-    return rows
-
-
-def distinct(rows: list[dict]) -> list[dict]:
-    """Identical responses to one prompt once, the first of them, in file order.
-
-    >>> [row["n"] for row in distinct([{"id": p, "token_ids": t, "n": n} for n, (p, t) in enumerate((("a", [1]), ("a", [1]), ("b", [1]), ("a", [2])))])]
-    [0, 2, 3]
-    """
-    first: dict = {}
+    first = {}
     for row in rows:
         first.setdefault((row["id"], tuple(row["token_ids"])), row)
     return list(first.values())
 
 
-def grouped(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows by prompt id, in file order."""
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(row["id"], []).append(row)
-    return groups
+def load_checker(spec):
+    """The function FILE:FUNCTION(response, example) that knows if a chain is right, or None."""
+    path, _, name = spec.rpartition(":")
+    if not Path(path).is_file():
+        raise InputError(f"--chain_checker {spec}: {path!r} is not a file; give FILE:FUNCTION")
+    names = runpy.run_path(path)
+    if name not in names:
+        raise InputError(f"--chain_checker {spec}: {path} defines no {name}")
+    return names[name]
 
 
-# ---------------------------------------------------------------- training
+# ---- training
 
-def sft_loss(policy: Policy, examples: list[dict], targets: list[list[int]], args) -> tuple[torch.Tensor, int]:
-    """Summed cross-entropy of the responses and their closing EOS, nothing else; and the number of those tokens.
+
+def token_logprobs(policy, examples, tails: list[list[int]], args):
+    """Log-probability of every token of tails[i] after prompt i, and which count; (B, W) each."""
+    batch = encode_prompts(policy, examples, args)
+    batch = append_tokens(batch, tails, policy.pad_id)  # (B, L + W)
+    width = max(map(len, tails))
+    out = policy.model(**batch, use_cache=False, logits_to_keep=width + 1)
+    logits = out.logits[:, -width - 1 : -1].float()  # (B, W, V) some models give all positions
+    wanted = batch["input_ids"][:, -width:]  # (B, W)
+    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+    # By position, so that an EOS that is also the pad counts.
+    return -loss.view_as(wanted), batch["attention_mask"][:, -width:].bool()
+
+
+def sft_loss(policy, examples, targets: list[list[int]], args) -> tuple[torch.Tensor, int]:
+    """Summed cross-entropy of the responses and their closing EOS, nothing else; and their tokens.
 
     targets: response token ids without EOS, one list per example.
     """
-    prompts = encode_prompts(policy, examples, args)
     tails = [ids + [policy.eos_ids[0]] for ids in targets]
-    batch, width = append_tokens(prompts, tails, policy.pad_id), prompts["input_ids"].shape[1]
-    hidden = policy.model.base_model(**batch, use_cache=False).last_hidden_state  # (B, L + W, H)
-    chosen = batch["attention_mask"][:, width:].bool()  # (B, W) by position, so an EOS that is also the pad counts
-
-    def loss_of(states, wanted):
-        """Summed cross-entropy of states (n, H), each of which predicts the next token, wanted (n,)."""
-        return F.cross_entropy(policy.model.get_output_embeddings()(states).float(), wanted, reduction="sum")
-
-    states, wanted = hidden[:, width - 1:-1][chosen], batch["input_ids"][:, width:][chosen]
-    if len(wanted) <= 2048:
-        return loss_of(states, wanted), len(wanted)
-    pieces = zip(states.split(2048), wanted.split(2048))  # logits over a large vocabulary are the largest tensor: piece by piece, made again in the backward pass
-    return sum(checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces), len(wanted)
+    logprobs, counted = token_logprobs(policy, examples, tails, args)  # (B, W) each
+    return -(logprobs * counted).sum(), sum(map(len, tails))
 
 
-def epoch_batches(n: int, size: int, steps: int, *key) -> list[list[int]]:
-    """`steps` batches of indices below n: epoch after epoch, each in its own order, the short last batch kept.
+def epoch_batches(n, size, steps, *key) -> list[list[int]]:
+    """`steps` batches of indices below n: epoch after epoch in a new order, the short rest kept.
 
     >>> [sorted(b) for b in epoch_batches(3, 4, 2, 0)]
     [[0, 1, 2], [0, 1, 2]]
     """
     batches, epoch = [], 0
     while len(batches) < steps:
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(*key, epoch))).tolist()
-        batches += [order[a:a + size] for a in range(0, n, size)]
+        draws = torch.Generator().manual_seed(seed_of(*key, epoch))
+        order = torch.randperm(n, generator=draws).tolist()
+        batches += [order[start : start + size] for start in range(0, n, size)]
         epoch += 1
     return batches[:steps]
 
 
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW for bfloat16 weights: moments, gradients and a master copy of every weight in float32, 18 bytes per weight in all.
-
-    bfloat16 has 8 significant bits, so a step of lr 1e-6 on a weight of 0.01 would be rounded away; the master gathers such
-    steps until they show. `fit` moves a gradient to the master as soon as it is whole, so micro-batches add up in float32 too.
-    """
-
-    def __init__(self, weights, **settings):
-        self.masters = {w: torch.nn.Parameter(w.detach().float()) for w in weights}
-        super().__init__(self.masters.values(), **settings)
-
-    def gather(self, weight):
-        """Move a weight's gradient to its master."""
-        master = self.masters[weight]
-        master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
-        weight.grad = None
-
-    @torch.no_grad()
-    def step(self):
-        """One AdamW step of the masters, then the weights are the masters, rounded."""
-        super().step()
-        for weight, master in self.masters.items():
-            weight.copy_(master)
-
-
-def masters_of(optimizer) -> dict:
-    """{weight: float32 master} of an optimizer; empty where the weights are float32 and need none."""
-    return getattr(optimizer, "masters", {})
-
-
-def make_optimizer(policy: Policy) -> torch.optim.AdamW:
-    """AdamW over every weight that is trained, its state in float32; its rate is set before every step by `fit`."""
-    close_engine()  # masters are made where the weights are trained
-    weights = [p for p in policy.model.parameters() if p.requires_grad]
-    kind = torch.optim.AdamW if policy.model.dtype == torch.float32 else MasterAdamW
-    policy.optimizer = kind(weights, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    return policy.optimizer
-
-
-def learning_rate(step: int, peak: float, warmup: int) -> float:
-    """Rate of the step-th optimizer step (from 0): linear warm-up over `warmup` steps, then constant (paper, appendix).
+def learning_rate(step, peak, warmup) -> float:
+    """Rate of the step-th step (from 0): linear warm-up, then constant (paper, appendix).
 
     >>> [learning_rate(s, 1.0, 4) for s in (0, 3, 9)]
     [0.25, 1.0, 1.0]
@@ -1354,45 +1605,163 @@ def learning_rate(step: int, peak: float, warmup: int) -> float:
     return peak * min(1.0, (step + 1) / max(warmup, 1))
 
 
-def fit(policy: Policy, optimizer, batches: list, loss_of, args, label: str, state: dict | None = None, save=None) -> dict:
-    """Train on `batches` and return the updated state {"step", "batch", "tokens", "loss"}.
+def passes_of(batch: list[int], micro_batch, rank, ranks) -> list[list[int]]:
+    """A rank's share of a batch, in passes; as many on every rank, so that one may be empty.
 
-    loss_of(batch) -> (summed loss, count); the gradient is that of the mean over the batch's true count. state["step"]
-    counts optimizer steps over the whole run, so that the rate continues where it was, unless state["reset"] names the step
-    at which a schedule began anew; state["batch"] counts those of this call that are done, so that a restart skips them. save(state) is called every args.save_every steps.
+    >>> [passes_of([5, 6, 7], 1, rank, 2) for rank in (0, 1)]
+    [[[5], [7]], [[6], []]]
+    """
+    mine = batch[rank::ranks]
+    largest = -(-len(batch) // ranks)
+    return [mine[start : start + micro_batch] for start in range(0, largest, micro_batch)]
+
+
+def shard(model, args) -> torch.nn.Module:
+    """The model on --device with float32 weights that compute in --dtype (FSDP2).
+
+    It comes in --dtype, on the CPU, and only a rank's shards become float32: a large model never
+    is whole in float32 anywhere. One float32 rank has nothing to shard and nothing to cast.
+    """
+    dtype = dtype_of(args)
+    if world_size() == 1 and dtype == torch.float32:
+        return model.to(args.device)
+    mesh = dist.init_device_mesh(torch.device(args.device).type, (world_size(),))
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    layers = model._no_split_modules or ()  # those of the vision tower too
+    for module in reversed(list(model.modules())):  # inner ones first
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh, mp_policy=mixed)
+    return fully_shard(model, mesh=mesh, mp_policy=mixed).float()
+
+
+def make_optimizer(model) -> torch.optim.AdamW:
+    """AdamW over every weight that is trained; its rate is set before every step.
+
+    Its moments are there from the start, so that a saved state can be loaded into them.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=0.0, fused=True)
+    for p in weights:
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+    return optimizer
+
+
+def training_tensors(model, optimizer):
+    """By name, every trained weight in float32 and its moments: what a training state holds."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            tensors[name] = p.data
+            for key, value in optimizer.state[p].items():
+                tensors[f"{name}.{key}"] = value
+    return tensors
+
+
+@contextmanager
+def own_errors():
+    """The error itself, such as a full disk, in place of the checkpoint library's report on it."""
+    try:
+        yield
+    except dcp.CheckpointException as report:
+        error, _ = next(iter(report.failures.values()))
+        raise error from None
+
+
+@own_errors()
+def save_state(work, model, optimizer, progress):
+    """Save weights and moments, every rank its shards, as safetensors; progress.json names them.
+
+    The folder it names is whole, the one before goes after it.
+    """
+    new = work / f"batch_{progress['batch']:06d}"
+    if rank() == 0:
+        shutil.rmtree(new, ignore_errors=True)
+    sum_over_ranks(0)
+    writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)
+    dcp.save(training_tensors(model, optimizer), storage_writer=writer)
+    if rank() == 0:
+        write_json(work / "progress.json", progress)
+        drop_states(work, keep=new.name)
+    sum_over_ranks(0)
+
+
+def drop_states(work, keep=""):
+    """Delete the saved states of a training phase but one; progress.json stays."""
+    for old in work.glob("batch_*"):
+        if old.name != keep:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@own_errors()
+def load_state(work, model, optimizer) -> dict:
+    """Put the newest saved state into model and optimizer, on any number of ranks; its progress."""
+    progress = json.loads((work / "progress.json").read_text())
+    reader = dcp.HuggingFaceStorageReader(str(work / f"batch_{progress['batch']:06d}"))
+    dcp.load(training_tensors(model, optimizer), storage_reader=reader)
+    return progress
+
+
+def train(
+    model_out,
+    policy_folder,
+    work,
+    batches,
+    rows,
+    loss_of,
+    count_of,
+    args,
+    label,
+    state=None,
+    marks=None,
+) -> dict:
+    """Phase: train a policy folder on batches of row numbers; writes model_out, returns progress.
+
+    loss_of(policy, rows) -> (summed loss, count) and count_of(row) -> count; the gradient is that
+    of the mean over the true count of the whole batch, however ranks and passes cut it. state: the
+    `work` of an earlier phase, whose weights, moments and rate schedule go on here; without it they
+    begin anew. marks: the policy becomes a PRM. progress: {"step" of the schedule, "batch" of this
+    phase, "tokens", "loss" (summed over batches)}; saved in `work` every args.save_every steps.
     Raises InputError if the loss is not finite.
     """
-    close_engine()  # its weights are about to be old
-    state = state or {"step": 0, "batch": 0, "tokens": 0, "loss": 0.0}
-    weights, attention = [p for group in optimizer.param_groups for p in group["params"]], policy.model.config._attn_implementation
-    hooks = [weight.register_post_accumulate_grad_hook(optimizer.gather) for weight in masters_of(optimizer)]
-    policy.model.train()
-    eager = args.device == "cpu" and args.attention == "auto"
-    if eager:
-        policy.model.set_attn_implementation("eager")  # measured: the masked backward pass of SDPA is slower on a CPU
-    for batch in tqdm(batches[state["batch"]:], desc=label, initial=state["batch"], total=len(batches)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(state["step"] - state.get("reset", 0), args.learning_rate, args.warmup_steps)
-        loss, count = 0.0, 0
-        for a in range(0, len(batch), args.micro_batch):
-            part, tokens = loss_of(batch[a:a + args.micro_batch])
-            part.backward()
-            loss, count = loss + part.item(), count + tokens
+    if is_there(model_out):
+        return json.loads((work / "progress.json").read_text())
+    work.mkdir(parents=True, exist_ok=True)
+    policy = load_policy(policy_folder, args, training=True)
+    if marks:
+        policy = Prm(**vars(policy), marks=marks)
+    policy.model = shard(policy.model, args).train()
+    optimizer = make_optimizer(policy.model)
+    progress = {"step": 0, "batch": 0, "tokens": 0, "loss": 0.0}
+    if is_there(work / "progress.json"):
+        progress = load_state(work, policy.model, optimizer)
+    elif state:
+        progress["step"] = load_state(state, policy.model, optimizer)["step"]
+    done = progress["batch"]
+    for batch in tqdm(batches[done:], label, len(batches), initial=done, disable=quiet()):
+        rate = learning_rate(progress["step"], args.learning_rate, args.warmup_steps)
+        optimizer.param_groups[0]["lr"] = rate
+        count = max(1, sum(count_of(rows[i]) for i in batch))
+        loss = 0.0
+        for places in passes_of(batch, args.micro_batch, rank(), world_size()):
+            part = [rows[i] for i in places or batch[:1]]
+            summed = loss_of(policy, part)[0] * bool(places)  # a rank without a row weighs nothing
+            (summed * world_size() / count).backward()  # FSDP2 takes the mean over ranks
+            loss += summed.item()
+        loss = sum_over_ranks(loss) / count
         if not math.isfinite(loss):
-            raise InputError(f"{label}: the loss is {loss} at step {state['step']}; lower --learning_rate or look at the data of this step")
-        for p in weights:
-            if p.grad is not None:
-                p.grad /= max(count, 1)  # the mean over the tokens of the whole batch, however it was cut
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            raise InputError(
+                f"{label}: the loss is {loss} at step {progress['step']}; "
+                "lower --learning_rate or look at the data of this step"
+            )
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        state = {**state, "step": state["step"] + 1, "batch": state["batch"] + 1, "tokens": state["tokens"] + count,
-                 "loss": state["loss"] + loss / max(count, 1)}
-        if save and state["batch"] % args.save_every == 0:
-            save(state)
-    for hook in hooks:
-        hook.remove()
-    if eager:
-        policy.model.set_attn_implementation(attention)
-    policy.model.eval()
-    return state
+        for name, more in {"step": 1, "batch": 1, "tokens": count, "loss": loss}.items():
+            progress[name] += more
+        if progress["batch"] % args.save_every == 0 and progress["batch"] < len(batches):
+            save_state(work, policy.model, optimizer, progress)
+    if progress["batch"] > done:  # else progress.json names this very state, which must stay
+        save_state(work, policy.model, optimizer, progress)
+    save_policy(policy, model_out, args)
+    return progress

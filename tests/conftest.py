@@ -1,30 +1,31 @@
-"""Paths, one thread (many small tensors), and tiny models for the tests."""
+"""Paths, one thread (many small tensors), and what several test files need."""
 
 import importlib
+import importlib.util
 import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
 
 import pytest
 import torch
+import toy
+import transformers
 
 import common
-import toy
 
+ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
-
-
+# Of a script that a test starts as a user would.
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 ENVIRONMENTS = {}  # family of models -> where test_families.py ran it
 
 
 def pil(name: str):
-    """An image processor class of transformers, in its PIL version where torchvision is missing and the plain name cannot be made."""
-    import importlib.util
-    import transformers
+    """An image processor class of transformers; where torchvision is missing, its PIL version."""
     return getattr(transformers, name if importlib.util.find_spec("torchvision") else f"{name}Pil")
 
 
@@ -39,9 +40,32 @@ def stage(name: str):
     return importlib.import_module(name)
 
 
+def seeds_of(examples: list[dict], n: int, *key) -> list[list[int]]:
+    """n seeds for every example."""
+    return [[common.seed_of(0, *key, example["id"], k) for k in range(n)] for example in examples]
+
+
+def ids_of(responses) -> list[list[list[int]]]:
+    """The token ids of what `generate` gives."""
+    return [[response.token_ids for response in row] for row in responses]
+
+
+def one_by_one(policy, example: dict, ids: list[int], args) -> tuple[dict, int]:
+    """Prompt + ids as a batch of one without padding, and where the ids begin: for references."""
+    batch = common.encode_prompts(policy, [example], args)
+    start = batch["input_ids"].shape[1]
+    assert batch["attention_mask"].all()
+    for name, value in batch.items():
+        if value.shape == (1, start):
+            tail = torch.tensor([ids]) if name == "input_ids" else torch.ones(1, len(ids))
+            tail = tail * (name in ("input_ids", "attention_mask"))  # text has token type 0
+            batch[name] = torch.cat([value, tail.to(value)], 1)
+    return batch, start
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A small toy world with the real base model: 32 train, 32 unlabelled, 4 val, 6 test and 4 ood prompts."""
+    """A small toy world with the real base model: 32 train, 32 unlabelled, 4 val, 6 test, 4 ood."""
     out = tmp_path_factory.mktemp("world") / "toy"
     toy.write_world(out, scale=1 / 75)
     return out
@@ -49,7 +73,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A random model of the toy's architecture as a checkpoint folder: its answers are noise, its shapes are real."""
+    """A random model of the toy's architecture as a checkpoint folder: its answers are noise."""
     out = tmp_path_factory.mktemp("tiny") / "model"
     torch.manual_seed(0)
     processor = toy.build_processor()
@@ -64,8 +88,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def args():
     """The common flags at their defaults, on the CPU, with the fields that training reads."""
-    args = common.ScoringArgs(device="cpu", max_new_tokens=12)
-    args.learning_rate, args.warmup_steps = 1e-3, 4
+    args = common.ScoringArgs(device="cpu", dtype="float32", engine="transformers")
+    args.max_new_tokens, args.learning_rate, args.warmup_steps = 12, 1e-3, 4
     return args
 
 

@@ -1,548 +1,1107 @@
-"""Generation, losses, PRM positions and checkpoints on tiny models: exact ids, exact positions, to the bit where promised."""
+"""Generation, losses, PRM scores and training on tiny models: exact ids, exact positions."""
 
-import copy
 import json
+import math
 import shutil
+import types
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from conftest import ids_of, one_by_one, seeds_of, stage
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import common
-from conftest import stage
-
-
-def seeds(examples, n, *key):
-    return [[common.seed_of(0, *key, e["id"], k) for k in range(n)] for e in examples]
-
-
-def ids_of(responses):
-    return [[r.token_ids for r in row] for row in responses]
-
 
 # ---- generation
 
+
+def until_eos(ids: list[int], eos: int) -> list[int]:
+    """What stands before the first EOS."""
+    return ids[: ids.index(eos)] if eos in ids else ids
+
+
+def greedy_by_transformers(policy, examples, args) -> list[list[int]]:
+    """The greedy responses of transformers' own `generate`, one prompt at a time."""
+    found = []
+    for example in examples:
+        batch, start = one_by_one(policy, example, [], args)
+        out = policy.model.generate(
+            **batch,
+            max_new_tokens=args.max_new_tokens,
+            do_sample=False,
+            bad_words_ids=[[token] for token in policy.banned],
+        )
+        found.append(until_eos(out[0, start:].tolist(), policy.eos_ids[0]))
+    return found
+
+
+def last_logits(policy, example, ids, args) -> torch.Tensor:
+    """Logits after prompt + ids, of one unpadded forward pass, without image placeholders."""
+    batch, _ = one_by_one(policy, example, ids, args)
+    with torch.no_grad():
+        logits = policy.model(**batch).logits[0, -1]
+    logits[policy.banned] = -torch.inf
+    return logits
+
+
 def test_greedy_generation_agrees_with_transformers_token_for_token(policy, examples, args):
-    batch = common.encode_prompts(policy, examples[:6], args)
-    wanted = policy.model.generate(**batch, max_new_tokens=12, do_sample=False, bad_words_ids=[[i] for i in policy.banned])[:, batch["input_ids"].shape[1]:]
-    for (mine,), theirs in zip(common.generate(policy, examples[:6], [[0]] * 6, 0.0, args), wanted.tolist()):
-        theirs = theirs[:theirs.index(policy.eos_ids[0])] if policy.eos_ids[0] in theirs else theirs
-        assert mine.token_ids == theirs and mine.finished == (len(theirs) < 12)
+    wanted = greedy_by_transformers(policy, examples[:6], args)
+    for (mine,), theirs in zip(
+        common.generate(policy, examples[:6], [[0]] * 6, 0.0, args), wanted, strict=True
+    ):
+        assert mine.token_ids == theirs
+        assert mine.finished == (len(theirs) < 12)
+        assert mine.text == policy.tokenizer.decode(theirs, skip_special_tokens=True)
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(policy, examples, args):
-    together = ids_of(common.generate(policy, examples[:5], seeds(examples[:5], 4, "x"), 1.0, args))
-    backwards = ids_of(common.generate(policy, examples[4::-1], seeds(examples[4::-1], 4, "x"), 1.0, args))[::-1]
+    five = examples[:5]
+
+    def sampled(prompts, key):
+        return ids_of(common.generate(policy, prompts, seeds_of(prompts, 4, key), 1.0, args))
+
+    together = sampled(five, "x")
+    assert sampled(five[::-1], "x")[::-1] == together
+    assert sampled(five, "y") != together
     args.rows = 4
-    alone = ids_of(common.generate(policy, examples[:5], seeds(examples[:5], 4, "x"), 1.0, args))
-    assert together == backwards == alone
-    assert together != ids_of(common.generate(policy, examples[:5], seeds(examples[:5], 4, "y"), 1.0, args))
+    assert sampled(five, "x") == together
 
 
 def test_samples_follow_the_softmax_at_the_temperature(policy, examples, args):
     args.max_new_tokens, args.rows, n = 1, 4000, 4000
-    (row,) = common.generate(policy, examples[:1], seeds(examples[:1], n, "freq"), 0.7, args)
-    logits = policy.model(**common.encode_prompts(policy, examples[:1], args)).logits[0, -1]
-    logits[policy.banned] = -torch.inf
-    wanted = (logits / 0.7).softmax(-1)
-    first = torch.tensor([r.token_ids[0] if r.token_ids else policy.eos_ids[0] for r in row])
-    counts = torch.bincount(first, minlength=len(wanted)) / n
-    assert (counts - wanted).abs().max() < 4 * (0.25 / n) ** 0.5  # four standard errors of the widest share
+    (row,) = common.generate(policy, examples[:1], seeds_of(examples[:1], n, "freq"), 0.7, args)
+    wanted = (last_logits(policy, examples[0], [], args) / 0.7).softmax(-1)
+    first = [r.token_ids[0] if r.token_ids else policy.eos_ids[0] for r in row]
+    counts = torch.bincount(torch.tensor(first), minlength=len(wanted)) / n
+    # Four standard errors of the widest share.
+    assert (counts - wanted).abs().max() < 4 * (0.25 / n) ** 0.5
+
+
+def test_one_temperature_per_example_equals_separate_calls(policy, examples, args):
+    heats = [0.0, 0.6, 1.5, 0.0, 1.0]
+    seeds = seeds_of(examples[:5], 3, "h")
+    mixed = ids_of(common.generate(policy, examples[:5], seeds, heats, args))
+    for example, row, heat, got in zip(examples, seeds, heats, mixed):
+        assert ids_of(common.generate(policy, [example], [row], heat, args)) == [got]
+    greedy = greedy_by_transformers(policy, [examples[0], examples[3]], args)
+    assert mixed[0] == [greedy[0]] * 3
+    assert mixed[3] == [greedy[1]] * 3
+    assert len({tuple(ids) for ids in mixed[2]}) > 1
 
 
 def test_rollouts_start_at_the_exact_step_boundary(policy, examples, args):
     """The first new token of a rollout follows the distribution after exactly prompt + prefix."""
     prefix = policy.tokenizer("sum of row 1 : 1 2 3\n")["input_ids"]
     args.max_new_tokens = len(prefix) + 1
-    (row,) = common.generate(policy, examples[:1], [[0]], 0.0, args, prefixes=[prefix])
-    batch = common.encode_prompts(policy, examples[:1], args)
-    batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([prefix])], 1)
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    logits = policy.model(**batch).logits[0, -1]
-    logits[policy.banned] = -torch.inf
-    assert row[0].token_ids[:len(prefix)] == prefix and row[0].token_ids[len(prefix):] == [int(logits.argmax())]
+    ((response,),) = common.generate(policy, examples[:1], [[0]], 0.0, args, [prefix])
+    wanted = int(last_logits(policy, examples[0], prefix, args).argmax())
+    assert response.token_ids == [*prefix, wanted]
 
 
 def test_prefixes_of_different_lengths_share_a_batch(policy, examples, args):
-    prefixes = [policy.tokenizer(text)["input_ids"] for text in ("sum of", "", "maximum of row 2 : 1 2")]
-    together = ids_of(common.generate(policy, examples[:3], seeds(examples[:3], 2, "p"), 1.0, args, prefixes))
-    for example, prefix, got in zip(examples, prefixes, together):
-        assert ids_of(common.generate(policy, [example], seeds([example], 2, "p"), 1.0, args, [prefix])) == [got]
+    texts = ("sum of", "", "maximum of row 2 : 1 2")
+    prefixes = [policy.tokenizer(text)["input_ids"] for text in texts]
+    seeds = seeds_of(examples[:3], 2, "p")
+    together = ids_of(common.generate(policy, examples[:3], seeds, 1.0, args, prefixes))
+    for example, row, prefix, got in zip(examples, seeds, prefixes, together):
+        assert ids_of(common.generate(policy, [example], [row], 1.0, args, [prefix])) == [got]
+        assert all(ids[: len(prefix)] == prefix for ids in got)
+
+
+def test_a_prefix_counts_and_one_that_fills_the_room_is_the_whole_response(policy, examples, args):
+    full, most = [9, 10] * 6, [9, 10] * 5 + [9]
+    prefixes = [full, most, []]
+    seeds = seeds_of(examples[:3], 2, "f")
+    rows = common.generate(policy, examples[:3], seeds, 1.0, args, prefixes)
+    assert ids_of(rows)[0] == [full, full]
+    assert not any(response.finished for response in rows[0])
+    assert all(len(ids) in (11, 12) and ids[:11] == most for ids in ids_of(rows)[1])
+    assert all(len(ids) <= 12 for ids in ids_of(rows)[2])
+    alone = common.generate(policy, examples[:1], seeds[:1], 1.0, args, [full])
+    assert ids_of(alone) == [[full, full]]
 
 
 def test_image_placeholders_are_never_sampled(policy, examples, args):
     policy.model.get_output_embeddings().weight.data[policy.banned[0]] *= 50
-    rows = common.generate(policy, examples[:4], seeds(examples[:4], 4, "b"), 2.0, args)
-    assert not any(policy.banned[0] in r.token_ids for row in rows for r in row)
+    rows = common.generate(policy, examples[:4], seeds_of(examples[:4], 4, "b"), 2.0, args)
+    assert not [r for row in rows for r in row if policy.banned[0] in r.token_ids]
 
 
-def test_a_response_that_did_not_end_is_wrong(policy, examples, args, monkeypatch):
-    answer = policy.tokenizer(f"Answer : {examples[0]['answer']}")["input_ids"]
-    for finished in (True, False):
-        response = common.Response(answer, policy.tokenizer.decode(answer), finished)
-        monkeypatch.setattr(common, "generate", lambda *a, **k: [[response]])
-        (row,) = common.sample_rows(policy, examples[:1], 1, 1.0, "t", 0, args)
-        assert row["correct"] is finished and (row["answer"] is None) is not finished
-
-
-def test_an_over_long_prompt_is_refused_with_file_and_line(policy, examples, args):
+def test_an_over_long_prompt_is_refused_with_file_and_line(tiny, policy, examples, args):
     args.max_prompt_tokens = 20
-    with pytest.raises(common.InputError, match=r"train.jsonl line \d+: the prompt has \d+ tokens, more than --max_prompt_tokens 20"):
-        common.check_longest_prompts(policy, examples, args)
+    long = r"train.jsonl line \d+: the prompt has \d+ tokens, more than --max_prompt_tokens 20"
+    with pytest.raises(common.InputError, match=long):
+        common.encode_prompts(policy, examples, args)
+    with pytest.raises(common.InputError, match=long):
+        common.check_longest_prompts(tiny, examples, args)
 
 
-def test_logprobs_on_demand_are_those_of_an_uncached_forward_pass(policy, examples, args):
-    prefixes = [policy.tokenizer("1 + 2 =")["input_ids"], [], []]
-    rows = common.generate(policy, examples[:3], seeds(examples[:3], 2, "l"), 1.0, args, prefixes, logprobs=True)
-    for example, prefix, row in zip(examples, prefixes, rows):
-        for response in row:
-            sampled = response.token_ids + [policy.eos_ids[0]] * response.finished
-            batch = common.encode_prompts(policy, [example], args)
-            start = batch["input_ids"].shape[1] + len(prefix)
-            logits = policy.model(**common.append_tokens(batch, [sampled], policy.pad_id)).logits[0, start - 1:-1]
-            wanted = logits.log_softmax(-1).gather(1, torch.tensor(sampled[len(prefix):])[:, None])[:, 0]
-            assert response.logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
-    assert common.generate(policy, examples[:1], [[0]], 1.0, args)[0][0].logprobs is None
+# ---- sampling as a phase
+
+TEXTS = [
+    "sum of row 1 : 1 2 3\n1 + 2 + 3 = 6\nAnswer : 6",
+    "Answer : 3",
+    "maximum of row 2 : 1 5 2\n\nmaximum = 5\nAnswer : 5\n",
+    "\n",
+]
+
+
+def prm_of(policy):
+    """The random model as a PRM that is read at + and -."""
+    marks = policy.tokenizer.convert_tokens_to_ids(["+", "-"])
+    return common.Prm(**vars(policy), marks=tuple(marks))
+
+
+@pytest.fixture
+def prm_folder(policy, args, tmp_path):
+    """The random model as the folder of a PRM."""
+    common.save_policy(prm_of(policy), tmp_path / "prm", args)
+    return tmp_path / "prm"
+
+
+def test_the_samples_of_a_phase_are_those_of_generate_and_are_checked(
+    tiny, policy, examples, args, tmp_path
+):
+    args.chunk, heats = 3, [0.0, 1.0, 0.5, 1.0, 2.0]
+    with common.Sampler(tiny, args) as sampler:
+        sampler.sample(tmp_path / "a.jsonl", examples[:5], 2, heats, "t", iteration=4)
+    rows = common.read_jsonl(tmp_path / "a.jsonl")
+    wanted = [(e["id"], heat, k) for e, heat in zip(examples, heats) for k in range(2)]
+    assert [(row["id"], row["temperature"], row["sample"]) for row in rows] == wanted
+    assert {row["iteration"] for row in rows} == {4}
+    assert len({row["seed"] for row in rows}) == 10
+    for row, (example, heat) in zip(rows, [(e, h) for e, h in zip(examples, heats) for _ in "ab"]):
+        ((again,),) = common.generate(policy, [example], [[row["seed"]]], heat, args)
+        assert (row["token_ids"], row["finished"]) == (again.token_ids, again.finished)
+        assert row["response"] == again.text
+
+
+def test_samples_depend_on_purpose_iteration_and_prefix_and_not_on_chunks(
+    tiny, policy, examples, args, tmp_path
+):
+    prefixes = [policy.tokenizer(text)["input_ids"] for text in ("1 +", "", "2")]
+
+    def seeds(name, purpose, iteration, begun, chunk):
+        args.chunk = chunk
+        path = tmp_path / name
+        with common.Sampler(tiny, args) as sampler:
+            drawn = {"iteration": iteration, "prefixes": begun}
+            sampler.sample(path, examples[:3], 2, 1.0, purpose, **drawn)
+        return [(row["seed"], row["token_ids"]) for row in common.read_jsonl(path)]
+
+    one = seeds("a", "p", 0, None, 3)
+    assert seeds("b", "p", 0, None, 1) == one
+    others = [seeds("c", "q", 0, None, 3), seeds("d", "p", 1, None, 3)]
+    others += [seeds("e", "p", 0, prefixes, 3)[:2]]
+    for other in others:
+        assert not {seed for seed, _ in one} & {seed for seed, _ in other}
+    begun = seeds("f", "p", 0, prefixes, 2)
+    assert [ids[: len(p)] for (_, ids), p in zip(begun[::2], prefixes)] == prefixes
+
+
+def test_a_phase_that_is_there_loads_no_model_and_one_sampler_loads_a_model_once(
+    tiny, examples, args, tmp_path, monkeypatch
+):
+    loads, load = [], common.load_policy
+
+    def counted(*given):
+        loads.append(given)
+        return load(*given)
+
+    monkeypatch.setattr(common, "load_policy", counted)
+    args.chunk = 2
+    for _ in range(2):
+        with common.Sampler(tiny, args) as sampler:
+            sampler.look(tmp_path, "val", examples[:4], 2, 1.0, "v")
+        assert sampler.policy is None
+    assert len(loads) == 1
+    greedy, samples = (
+        common.read_jsonl(tmp_path / f"val_{kind}.jsonl") for kind in ("greedy", "samples")
+    )
+    assert [row["id"] for row in greedy] == [example["id"] for example in examples[:4]]
+    assert {row["temperature"] for row in greedy} == {0.0}
+    assert [row["token_ids"] for row in greedy] == greedy_by_transformers(
+        load(tiny, args), examples[:4], args
+    )
+    assert len(samples) == 8
+    assert {row["temperature"] for row in samples} == {1.0}
+
+
+def test_a_response_that_did_not_end_is_wrong(tiny, policy, examples, args, tmp_path, monkeypatch):
+    text = f"Answer : {examples[0]['answer']}"
+    answer = policy.tokenizer(text)["input_ids"]
+    made = [common.Response(answer, text, finished) for finished in (True, False)]
+    monkeypatch.setattr(common, "generate", lambda *given: [made])
+    with common.Sampler(tiny, args) as sampler:
+        sampler.sample(tmp_path / "a.jsonl", examples[:1], 2, 1.0, "t")
+    ended, cut = common.read_jsonl(tmp_path / "a.jsonl")
+    assert (ended["correct"], ended["answer"]) == (True, examples[0]["answer"])
+    assert (cut["correct"], cut["answer"]) == (False, None)
+
+
+@pytest.mark.parametrize("right_only", [False, True])
+def test_a_cut_response_is_below_every_score_and_a_wrong_one_has_no_reward(
+    tiny, policy, prm_folder, examples, args, tmp_path, monkeypatch, right_only
+):
+    ids = [policy.tokenizer(text)["input_ids"] for text in TEXTS[:2]]
+    made = [common.Response(ids[0], TEXTS[0], False), common.Response(ids[0], TEXTS[0], True)]
+    made += [common.Response(ids[1], TEXTS[1], True)]
+    monkeypatch.setattr(common, "generate", lambda *given: [made, made])
+    known = examples[0] | {"answer": "3", "choices": None}
+    hidden = examples[1] | {"answer": None, "choices": None}
+    with common.Sampler(tiny, args, prm_folder) as sampler:
+        path = tmp_path / "a.jsonl"
+        sampler.sample(path, [known, hidden], 3, 1.0, "t", right_only=right_only)
+    rows = common.read_jsonl(tmp_path / "a.jsonl")
+    scores = common.score_steps(prm_of(policy), [known, hidden], [ids, ids], args)
+    rewards = [[-1.0, min(row[0]), row[1][0]] for row in scores]
+    if right_only:  # R = 1(a = a*) x R_p where a* is known
+        rewards[0][:2] = [0.0, 0.0]
+    assert [row["reward"] for row in rows] == pytest.approx(rewards[0] + rewards[1], abs=1e-5)
+    assert [len(row["step_scores"]) for row in rows] == [0, 0 if right_only else 3, 1, 0, 3, 1]
+    assert [row["correct"] for row in rows] == [False, False, True, False, False, False]
 
 
 # ---- the choice of the engine, and what stops a wrong one (test_vllm.py runs the engine itself)
 
+
 def test_without_vllm_auto_is_transformers_and_says_why(monkeypatch, capsys):
+    choose = common.choose_engine
     monkeypatch.setattr(common, "vllm_lacks", lambda device: "vLLM is not installed")
-    choose = common.choose_engine.__wrapped__
-    assert choose("auto", "cpu") == "transformers" and capsys.readouterr().out == "engine: transformers (vLLM is not installed)\n"
+    assert choose("auto", "cpu") == "transformers"
+    assert capsys.readouterr().out == "engine: transformers (vLLM is not installed)\n"
     with pytest.raises(common.InputError, match="--engine vllm cannot run: vLLM is not installed"):
         choose("vllm", "cpu")
     monkeypatch.setattr(common, "vllm_lacks", lambda device: "")
-    assert choose("auto", "cuda") == choose("vllm", "cuda") == "vllm" and choose("transformers", "cuda") == "transformers"
-    with pytest.raises(common.InputError, match="--engine vlm is not one of"):
-        choose("vlm", "cpu")
+    assert choose("auto", "cuda") == choose("vllm", "cuda") == "vllm"
+    assert choose("transformers", "cuda") == "transformers"
+
+
+def output_of(prompt, tokens, logprobs, reason="stop"):
+    """What vLLM gives for one request."""
+    steps = [{token: types.SimpleNamespace(logprob=p)} for token, p in zip(tokens, logprobs)]
+    sampled = {"token_ids": tokens, "logprobs": steps, "finish_reason": reason}
+    outputs = [types.SimpleNamespace(**sampled)]
+    return types.SimpleNamespace(prompt_token_ids=prompt, outputs=outputs)
+
+
+def true_logprobs(policy, example, tokens, args) -> list[float]:
+    """Log-probabilities of tokens after the prompt, of one unpadded forward pass."""
+    batch, start = one_by_one(policy, example, tokens, args)
+    with torch.no_grad():
+        found = policy.model(**batch).logits[0, start - 1 : -1].log_softmax(-1)
+    return found[range(len(tokens)), tokens].tolist()
+
+
+@pytest.fixture
+def probe(policy, examples, args, monkeypatch):
+    """Prove an engine that answers with changed prompt ids or logprobs."""
+
+    def prove(change_ids=list, change_logprobs=list):
+        batch, _ = one_by_one(policy, examples[0], [], args)
+        prompt, tokens = batch["input_ids"][0].tolist(), [9, 12, 30, 31, 7, 8, 9, 10]
+        logprobs = true_logprobs(policy, examples[0], tokens, args)
+        output = output_of(change_ids(prompt), tokens, change_logprobs(logprobs))
+        monkeypatch.setattr(common, "ask_engine", lambda *given: [output])
+        common.prove_engine(None, policy, examples[0], args)
+
+    return prove
+
+
+def test_an_engine_with_the_policys_prompt_and_weights_passes(probe, capsys):
+    probe()
+    probe(change_logprobs=lambda logprobs: [p + 0.01 for p in logprobs])
+    assert capsys.readouterr().out.count("vLLM") == 2
+
+
+def test_an_engine_with_other_weights_is_stopped(probe):
+    for off in (0.05, -0.05, float("nan")):
+        with pytest.raises(common.InputError, match="vLLM does not hold the policy's weights"):
+            probe(change_logprobs=lambda logprobs, off=off: [p + off for p in logprobs])
+    with pytest.raises(common.InputError, match="vLLM does not hold the policy's weights"):
+        probe(change_logprobs=lambda logprobs: [*logprobs[:-1], logprobs[-1] - 1.0])
+
+
+@pytest.mark.parametrize("change", [lambda p: p[1:], lambda p: [*p, 9], lambda p: [*p[:-1], 9]])
+def test_an_engine_that_reads_a_prompt_otherwise_is_stopped(probe, change):
+    with pytest.raises(common.InputError, match=r"train.jsonl line 1\b.*prompt"):
+        probe(change_ids=change)
+
+
+def test_in_bfloat16_an_engine_may_round_and_not_hold_other_weights(probe, args):
+    args.dtype = "bfloat16"
+    probe(change_logprobs=lambda logprobs: [*logprobs[:-1], logprobs[-1] - 0.4])  # one of many
+    probe(change_logprobs=lambda logprobs: [p - 0.06 for p in logprobs])
+    with pytest.raises(common.InputError, match="vLLM does not hold the policy's weights"):
+        probe(change_logprobs=lambda logprobs: [p - 0.25 for p in logprobs])
 
 
 class Engine:
     """Stands for vLLM's LLM object: notes that it was shut down."""
 
     def __init__(self):
-        self.llm_engine, self.engine_core, self.closed = self, self, False
+        self.llm_engine = self.engine_core = self
+        self.closed = False
 
     def shutdown(self):
         self.closed = True
 
 
-def test_an_engine_is_closed_before_its_weights_are_old(tiny, policy, examples, args, tmp_path):
-    def alive():
-        common.ENGINES.append((policy, Engine(), "cpu"))
-        return common.ENGINES[0][1]
-    optimizer, engine = common.make_optimizer(policy), alive()
-    train(policy, optimizer, examples, args, batches=range(1), folder=tmp_path)
-    assert engine.closed and not common.ENGINES
-    engine = alive()
-    common.load_checkpoint(tmp_path, policy, optimizer)
-    assert engine.closed and not common.ENGINES
-    engine = alive()
-    common.load_policy(tiny, args)
-    assert engine.closed and not common.ENGINES
+@pytest.fixture
+def fake_engine(args, monkeypatch):
+    """Engines that are never asked; the list of those that were started."""
+    started = []
+
+    def start(folder, args):
+        started.append(Engine())
+        return started[-1]
+
+    args.engine = "vllm"
+    monkeypatch.setattr(common, "start_engine", start)
+    monkeypatch.setattr(common, "prove_engine", lambda *given: None)
+    return started
 
 
-def test_the_probe_stops_at_other_logprobs_and_at_other_prompt_ids_and_passes_a_near_tie(policy, examples, args, monkeypatch):
-    def probe(ids, tokens, logprobs):
-        outputs = [type("Output", (), {"prompt_token_ids": ids})]
-        monkeypatch.setattr(common, "ask_engine", lambda *a: (outputs, [[common.Response(tokens, "", True, logprobs)]]))
-        return common.probe_engine(policy, None, examples[0], [5, 6], common.Response([1, 2], "", True, [-0.5, -1.0, -0.1]), args)
-    assert probe([5, 6], [1, 2], [-0.51, -1.0, -0.1]) == pytest.approx(0.01)
-    assert probe([5, 6], [1, 3], [-0.5, -1.001, -9.0]) == pytest.approx(0.001)  # another token of the same logprob: the rest is not comparable
-    with pytest.raises(common.InputError, match="greedy logprob 1 of .* is -1.5000 there, -1.0000 in the trainer"):
-        probe([5, 6], [1, 2], [-0.5, -1.5, -0.1])
-    for other, place in (([5, 7], "token 1 of the prompt: trainer 6, vLLM 7"), ([5], "token 1 of the prompt: trainer 6, vLLM None"),
-                         ([2, 5, 6], "token 0 of the prompt: trainer 5, vLLM 2"), ([5, 6, 6], "token 2 of the prompt: trainer None, vLLM 6")):
-        with pytest.raises(common.InputError, match=place):
-            probe(other, [1, 2], [-0.5, -1.0, -0.1])
+def test_what_an_engine_says_becomes_responses(
+    tiny, policy, examples, args, tmp_path, monkeypatch, fake_engine
+):
+    eos, prefixes = policy.eos_ids[0], [[7], []]
+    outputs = [output_of([5], [9, eos], [0, 0], "stop"), output_of([5], [9, 9], [0, 0], "length")]
+    outputs += [output_of([5], [eos], [0], "stop"), output_of([5], [8], [0], "length")]
+    monkeypatch.setattr(common, "ask_engine", lambda *given: outputs)
+    with common.Sampler(tiny, args) as sampler:
+        sampler.sample(tmp_path / "a.jsonl", examples[:2], 2, 1.0, "t", prefixes=prefixes)
+    rows = common.read_jsonl(tmp_path / "a.jsonl")
+    assert [row["token_ids"] for row in rows] == [[7, 9], [7, 9, 9], [], [8]]
+    assert [row["finished"] for row in rows] == [True, False, True, False]
+    assert rows[1]["response"] == policy.tokenizer.decode([7, 9, 9])
 
 
-def test_in_bfloat16_the_probe_forgives_one_token_of_many_and_no_other_weights(policy, examples, args, monkeypatch):
-    def probe(logprobs):
-        outputs, tokens = [type("Output", (), {"prompt_token_ids": [5]})], list(range(len(logprobs)))
-        monkeypatch.setattr(common, "ask_engine", lambda *a: (outputs, [[common.Response(tokens, "", True, logprobs)]]))
-        return common.probe_engine(policy, None, examples[0], [5], common.Response(tokens, "", True, [-1.0] * len(logprobs)), args)
-    with pytest.raises(common.InputError, match="-1.4000 there"):
-        probe([-1.0] * 7 + [-1.4])  # float32
-    policy.model.bfloat16()
-    assert probe([-1.0] * 7 + [-1.4]) == pytest.approx(0.4) and probe([-1.25] * 8) == pytest.approx(0.25)
-    for other in ([-1.4] * 8, [-1.0, -1.4]):
-        with pytest.raises(common.InputError, match="does not hold the policy's weights"):
-            probe(other)
+def test_a_prefix_that_fills_the_room_is_the_whole_response_of_an_engine_too(
+    tiny, examples, args, tmp_path, monkeypatch, fake_engine
+):
+    """An engine always makes one token at least."""
+    full = [9, 10] * 6
+    outputs = [output_of([5], [8], [0], "length"), output_of([5], [1], [0], "stop")]
+    monkeypatch.setattr(common, "ask_engine", lambda *given: outputs)
+    with common.Sampler(tiny, args) as sampler:
+        sampler.sample(tmp_path / "a.jsonl", examples[:1], 2, 1.0, "t", prefixes=[full])
+    rows = common.read_jsonl(tmp_path / "a.jsonl")
+    assert [(row["token_ids"], row["finished"]) for row in rows] == [(full, False)] * 2
 
 
-# ---- SFT
+def test_an_engine_ends_with_its_sampler_even_if_a_phase_fails(
+    tiny, examples, args, tmp_path, monkeypatch, fake_engine
+):
+    def refuse(*given):
+        raise common.InputError("too long")
+
+    monkeypatch.setattr(common, "ask_engine", refuse)
+    with pytest.raises(common.InputError, match="too long"), common.Sampler(tiny, args) as sampler:
+        sampler.sample(tmp_path / "a.jsonl", examples[:1], 1, 1.0, "t")
+    assert [engine.closed for engine in fake_engine] == [True]
+    with common.Sampler(tiny, args):
+        pass  # nothing is sampled, so nothing is started
+    assert len(fake_engine) == 1
+
+
+# ---- the loss of a response
+
+
+def reference_loss(policy, examples, targets, args) -> tuple[float, int]:
+    """Summed loss and tokens by transformers' own labels, one unpadded sequence at a time."""
+    total, count = 0.0, 0
+    for example, ids in zip(examples, targets):
+        ids = [*ids, policy.tokenizer.eos_token_id]
+        batch, start = one_by_one(policy, example, ids, args)
+        labels = batch["input_ids"].clone()
+        labels[:, :start] = -100
+        with torch.no_grad():
+            total += policy.model(**batch, labels=labels).loss.item() * len(ids)
+        count += len(ids)
+    return total, count
+
 
 def test_loss_falls_on_the_response_and_its_closing_eos_only(policy, examples, args):
-    """Against cross-entropy computed one unpadded sequence at a time."""
-    texts = ["Answer : 3", "sum of row 1 : 1 2 3 = 6\nAnswer : 6"]
-    targets, wanted, count = [policy.tokenizer(t)["input_ids"] for t in texts], 0.0, 0
-    for example, ids in zip(examples, targets):
-        batch = common.encode_prompts(policy, [example], args)
-        start, ids = batch["input_ids"].shape[1], ids + [policy.tokenizer.eos_token_id]
-        batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([ids])], 1)
-        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        logits = policy.model(**batch).logits[0, start - 1:-1]
-        wanted, count = wanted + F.cross_entropy(logits, torch.tensor(ids), reduction="sum").item(), count + len(ids)
-    loss, tokens = common.sft_loss(policy, examples[:2], targets, args)
-    assert tokens == count == 3 + 1 + len(targets[1]) + 1 and loss.item() == pytest.approx(wanted, rel=1e-5)
+    texts = ["Answer : 3", TEXTS[0], "", "1"]
+    targets = [policy.tokenizer(text)["input_ids"] for text in texts]
+    wanted, count = reference_loss(policy, examples, targets, args)
+    loss, tokens = common.sft_loss(policy, examples[:4], targets, args)
+    assert tokens == count == sum(map(len, targets)) + 4
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_the_loss_of_thousands_of_tokens_is_made_in_pieces_and_stays_the_same(policy, examples, args):
-    targets = [[9 + i % 5 for i in range(700)]] * 4  # 4 x 701 tokens: two pieces
-    grads, losses = [], []
-    for together in (False, True):
-        policy.model.zero_grad()
-        parts = [(examples[:4], targets)] if together else [([e], [t]) for e, t in zip(examples[:4], targets)]
-        loss = sum(common.sft_loss(policy, *part, args)[0] for part in parts)
-        loss.backward()
-        losses.append(loss.item())
-        grads.append({n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None})
-    assert common.sft_loss(policy, examples[:4], targets, args)[1] == 4 * 701 > 2048 and losses[0] == pytest.approx(losses[1], rel=1e-5)
-    largest = max(g.abs().max().item() for g in grads[0].values())
-    assert grads[0].keys() == grads[1].keys() and all(torch.allclose(grads[0][n], grads[1][n], rtol=1e-3, atol=1e-5 * largest) for n in grads[0])
+def test_token_logprobs_are_those_of_unpadded_passes(policy, examples, args):
+    tails = [[9], policy.tokenizer(TEXTS[0])["input_ids"], [30, 31, 7]]
+    logprobs, counted = common.token_logprobs(policy, examples[:3], tails, args)
+    assert counted.sum(1).tolist() == [len(tail) for tail in tails]
+    for example, tail, found, counts in zip(examples, tails, logprobs, counted):
+        wanted = true_logprobs(policy, example, tail, args)
+        assert found[counts].tolist() == pytest.approx(wanted, abs=1e-4)
 
 
 def test_an_eos_that_is_also_the_pad_token_is_still_learned(policy, examples, args):
-    before = common.sft_loss(policy, examples[:2], [[9], [9, 9, 9]], args)
+    targets = [[9], [9, 9, 9]]
+    before, tokens = common.sft_loss(policy, examples[:2], targets, args)
     policy.pad_id = policy.eos_ids[0]
-    after = common.sft_loss(policy, examples[:2], [[9], [9, 9, 9]], args)
-    assert after[1] == before[1] == 6 and after[0].item() == pytest.approx(before[0].item(), rel=1e-5)
+    after, tokens_after = common.sft_loss(policy, examples[:2], targets, args)
+    assert tokens == tokens_after == 6
+    assert after.item() == pytest.approx(before.item(), rel=1e-5)
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch(policy, examples, args):
-    rows = [(e, [5 + i] * (i + 1)) for i, e in enumerate(examples[:4])]
-    weights = []
-    for size in (4, 1):
-        args.micro_batch, mine = size, copy.deepcopy(policy)
-        optimizer = torch.optim.SGD(mine.model.parameters(), lr=0.0)
-        common.fit(mine, optimizer, [rows], lambda part: common.sft_loss(mine, [e for e, _ in part], [t for _, t in part], args), args, "t")
-        weights.append(torch.cat([p.detach().flatten() for p in mine.model.parameters()]))
-    assert torch.allclose(*weights, atol=1e-6) and not torch.allclose(weights[0], torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
+class Capped(transformers.Idefics3ForConditionalGeneration):
+    """A model that changes its logits after the head, as Gemma 2 does."""
+
+    def forward(self, *given, **named):
+        out = super().forward(*given, **named)
+        out.logits = 5 * torch.tanh(out.logits / 5)
+        return out
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(policy, args):
-    with pytest.raises(common.InputError, match="the loss is nan at step 0; lower --learning_rate"):
-        common.fit(policy, common.make_optimizer(policy), [[0]], lambda b: (torch.tensor(float("nan"), requires_grad=True), 1), args, "t")
+def test_logits_that_the_model_caps_after_its_head_are_the_ones_that_count(policy, examples, args):
+    ids = [policy.tokenizer(text)["input_ids"] for text in TEXTS[:2]]
+    prm = prm_of(policy)
+    good, bad = prm.marks
+    wanted, scores = 0.0, []
+    for example, response in zip(examples, ids):
+        tail = [*response, policy.tokenizer.eos_token_id]
+        batch, start = one_by_one(policy, example, tail, args)
+        with torch.no_grad():
+            capped = 5 * torch.tanh(policy.model(**batch).logits[0] / 5)
+        wanted += F.cross_entropy(capped[start - 1 : -1], torch.tensor(tail), reduction="sum")
+        at = [start + end - 1 for end in common.step_ends(response, policy.tokenizer)]
+        scores.append((capped[at, good] - capped[at, bad]).sigmoid().tolist())
+    plain = common.sft_loss(policy, examples[:2], ids, args)[0].item()
+    policy.model.__class__ = Capped
+    capped = common.sft_loss(policy, examples[:2], ids, args)[0].item()
+    assert capped == pytest.approx(wanted.item(), rel=1e-5)
+    assert abs(plain - capped) > 0.1
+    found = common.score_steps(prm, examples[:2], [[response] for response in ids], args)
+    assert [row[0] for row in found] == [pytest.approx(row, abs=1e-5) for row in scores]
 
 
-# ---- the one optimisation
+class Whole(transformers.Idefics3ForConditionalGeneration):
+    """A model that gives the logits of all positions whatever is asked, as MiniCPM-V 4.6 does."""
 
-def train(policy, optimizer, examples, args, state=None, batches=range(6), stop=None, folder=None):
-    """Six deterministic SFT steps in two 'iterations' of three; optionally saved after every step."""
-    def loss_of(batch):
-        return common.sft_loss(policy, [examples[i] for i in batch], [[5 + i, 6] for i in batch], args)
-    args.save_every = 1
-    save = (lambda s: common.save_checkpoint(folder, policy, optimizer, s)) if folder else None
-    return common.fit(policy, optimizer, [[i, i + 1] for i in batches][:stop], loss_of, args, "t", state, save)
+    def forward(self, *given, logits_to_keep=0, **named):
+        return super().forward(*given, **named)
 
 
-def snapshot(policy, optimizer):
-    names = {p: n for n, p in policy.model.named_parameters()}
-    return {**{n: p.detach().clone() for n, p in policy.model.named_parameters()},
-            **{f"{names[p]}.{k}": v.clone() for p, s in optimizer.state.items() for k, v in s.items()}}
+def test_a_model_that_always_gives_all_logits_is_read_at_the_same_positions(policy, examples, args):
+    prm, ids = prm_of(policy), [policy.tokenizer(text)["input_ids"] for text in TEXTS[:2]]
+    responses = [[response] for response in ids]
+    loss, tokens = common.sft_loss(policy, examples[:2], ids, args)
+    scores = common.score_steps(prm, examples[:2], responses, args)
+    sampled = common.generate(policy, examples[:2], [[1], [2]], 1.0, args)
+    policy.model.__class__ = Whole
+    again, tokens_again = common.sft_loss(policy, examples[:2], ids, args)
+    assert tokens_again == tokens
+    assert again.item() == pytest.approx(loss.item(), rel=1e-5)
+    for found, wanted in zip(common.score_steps(prm, examples[:2], responses, args), scores):
+        assert found[0] == pytest.approx(wanted[0], abs=1e-5)
+    assert common.generate(policy, examples[:2], [[1], [2]], 1.0, args) == sampled
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+# ---- the PRM
 
 
-def test_moments_and_rate_are_continuous_across_an_iteration_boundary_and_a_restart(tiny, examples, args, tmp_path):
-    """Six steps in one go, in two iterations, and with a restart from disk in the middle: equal to the bit."""
-    policy = common.load_policy(tiny, args)
-    optimizer = common.make_optimizer(policy)
-    state = train(policy, optimizer, examples, args)
-    unbroken, rate = snapshot(policy, optimizer), optimizer.param_groups[0]["lr"]
-
-    policy = common.load_policy(tiny, args)
-    optimizer = common.make_optimizer(policy)
-    first = train(policy, optimizer, examples, args, batches=range(3), folder=tmp_path)
-    boundary = snapshot(policy, optimizer)
-    second = train(policy, optimizer, examples, args, {**first, "batch": 0}, batches=range(3, 6))
-    assert same(snapshot(policy, optimizer), unbroken) and optimizer.param_groups[0]["lr"] == rate and second["step"] == state["step"] == 6
-
-    policy = common.load_policy(tiny, args)
-    optimizer = common.make_optimizer(policy)
-    restored = common.load_checkpoint(tmp_path, policy, optimizer)
-    assert same(snapshot(policy, optimizer), boundary) and restored == first
-    train(policy, optimizer, examples, args, {**restored, "batch": 0}, batches=range(3, 6))
-    assert same(snapshot(policy, optimizer), unbroken)
+def reference_scores(prm, example, ids, args) -> list[float]:
+    """The scores of a response's steps by one plain forward pass without padding or cache."""
+    batch, start = one_by_one(prm, example, ids, args)
+    with torch.no_grad():
+        logits = prm.model(**batch).logits[0]
+    at = [start + end - 1 for end in common.step_ends(ids, prm.tokenizer)]
+    return (logits[at, prm.marks[0]] - logits[at, prm.marks[1]]).sigmoid().tolist()
 
 
-def test_a_restart_inside_an_iteration_skips_exactly_what_was_done(tiny, examples, args, tmp_path):
-    policy = common.load_policy(tiny, args)
-    optimizer = common.make_optimizer(policy)
-    train(policy, optimizer, examples, args)
-    unbroken = snapshot(policy, optimizer)
-    policy = common.load_policy(tiny, args)
-    train(policy, common.make_optimizer(policy), examples, args, stop=4, folder=tmp_path)
-    policy = common.load_policy(tiny, args)
-    optimizer = common.make_optimizer(policy)
-    train(policy, optimizer, examples, args, common.load_checkpoint(tmp_path, policy, optimizer))
-    assert same(snapshot(policy, optimizer), unbroken)
+def test_scores_do_not_depend_on_batch_or_padding(policy, examples, args):
+    prm = prm_of(policy)
+    ids = [policy.tokenizer(text)["input_ids"] for text in TEXTS]
+    responses = [ids, [], ids[::-1], [[]], [ids[3]], [[], ids[1]]]
+    for args.rows in (1024, 1, 6):
+        together = common.score_steps(prm, examples[:6], responses, args)
+        assert [[len(scores) for scores in row] for row in together] == [
+            [3, 1, 3, 0],
+            [],
+            [0, 3, 1, 3],
+            [0],
+            [0],
+            [0, 1],
+        ]
+        for example, row, found in zip(examples, responses, together):
+            for response, scores in zip(row, found):
+                if scores:
+                    wanted = reference_scores(prm, example, response, args)
+                    assert scores == pytest.approx(wanted, abs=1e-5)
+    assert common.score_steps(prm, examples[:2], [[], []], args) == [[], []]
 
 
-def test_a_checkpoint_is_safetensors_and_json_and_a_half_written_one_does_not_count(tiny, examples, args, tmp_path):
-    policy = common.load_policy(tiny, args)
-    optimizer = common.make_optimizer(policy)
-    train(policy, optimizer, examples, args, stop=2, folder=tmp_path)
-    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} <= {".safetensors", ".json", ".jinja"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["state.json", "step_000002"]
-    shutil.copytree(tmp_path / "step_000002", tmp_path / "step_000003")
-    (tmp_path / "step_000003/optimizer.safetensors").write_bytes(b"half")
-    assert common.load_checkpoint(tmp_path, policy, optimizer)["step"] == 2
+def test_long_and_short_responses_are_scored_together(policy, examples, args):
+    prm = prm_of(policy)
+    step = policy.tokenizer("1 + 2 = 3\n")["input_ids"]
+    long = [step * n for n in (40, 1, 20)]
+    (found,) = common.score_steps(prm, examples[:1], [long * 5], args)
+    wanted = [reference_scores(prm, examples[0], ids, args) for ids in long]
+    assert [len(scores) for scores in wanted] == [40, 1, 20]
+    for k, scores in enumerate(found):
+        assert scores == pytest.approx(wanted[k % 3], abs=1e-5)
 
 
-# ---- dtypes, memory, vision tower, attention
+def test_prm_loss_is_cross_entropy_at_the_scored_positions(policy, examples, args):
+    prm = prm_of(policy)
+    # Scores away from 0 and 1, where a logarithm is exact enough.
+    policy.model.get_output_embeddings().weight.data *= 0.05
+    ids = [policy.tokenizer(text)["input_ids"] for text in TEXTS[:2]]
+    labels = [[0.25, 0.5, 1.0], [0.0]]
+    rows = [
+        {"token_ids": i, "ends": common.step_ends(i, policy.tokenizer), "soft": soft}
+        for i, soft in zip(ids, labels)
+    ]
+    loss, count = stage("02_train_prm").prm_loss(prm, examples[:2], rows, "soft", args)
+    wanted = 0.0
+    for example, response, soft in zip(examples, ids, labels):
+        for f, y in zip(reference_scores(prm, example, response, args), soft, strict=True):
+            wanted -= y * math.log(f) + (1 - y) * math.log(1 - f)
+    assert count == 4
+    assert loss.item() == pytest.approx(wanted, rel=1e-4)
 
-def test_updates_below_bfloat16_rounding_add_up_in_the_master():
-    """2,000 AdamW steps of lr 1e-6 against a constant gradient move a weight of 0.1 by 0.002; bfloat16 alone, whose grid is 0.0005 there, by nothing."""
-    ends = []
-    for kind in (torch.optim.AdamW, common.MasterAdamW):
-        weight = torch.nn.Parameter(torch.full((4,), 0.1, dtype=torch.bfloat16))
-        optimizer = kind([weight], lr=1e-6, weight_decay=0.0)
-        for _ in range(2000):
-            weight.sum().backward()
-            if kind is common.MasterAdamW:
-                optimizer.gather(weight)
+
+def test_marks_that_are_not_one_token_are_refused(policy):
+    mark_ids = stage("02_train_prm").mark_ids
+    wanted = policy.tokenizer.convert_tokens_to_ids(["+", "-"])
+    assert list(mark_ids(policy.tokenizer, "+", "-")) == wanted
+    for good, bad in (("+", "bad step"), ("+", "unheard"), ("+", "+")):
+        with pytest.raises(common.InputError, match="must each be one token"):
+            mark_ids(policy.tokenizer, good, bad)
+
+
+# ---- a training phase
+
+
+@pytest.fixture
+def teach(tiny, examples, args, tmp_path):
+    """Train on some of eight deterministic batches of two."""
+    common.join_ranks("cpu")
+    rows = [
+        {"example": examples[i], "token_ids": [(5 + 3 * i + k) % 40 for k in range(1 + i % 4)]}
+        for i in range(9)
+    ]
+
+    def sft_of(policy, part):
+        targets = [row["token_ids"] for row in part]
+        return common.sft_loss(policy, [row["example"] for row in part], targets, args)
+
+    def count_of(row):
+        return len(row["token_ids"]) + 1
+
+    def run(name, batches=range(6), loss_of=sft_of, start=tiny, **more):
+        """Write <name>/model and <name>/work; the progress."""
+        folder, pairs = tmp_path / name, [[i, i + 1] for i in batches]
+        return common.train(
+            folder / "model",
+            start,
+            folder / "work",
+            more.pop("pairs", pairs),
+            rows,
+            loss_of,
+            count_of,
+            args,
+            "t",
+            **more,
+        )
+
+    run.rows, run.sft_of, run.folder = rows, sft_of, tmp_path
+    return run
+
+
+def state_of(work: Path) -> dict[str, torch.Tensor]:
+    """The newest saved weights and moments of a training phase."""
+    progress = json.loads((work / "progress.json").read_text())
+    tensors = {}
+    for path in sorted((work / f"batch_{progress['batch']:06d}").glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def weights_of(state: dict) -> dict[str, torch.Tensor]:
+    """Without the moments."""
+    ends = (".exp_avg", ".exp_avg_sq", ".step")
+    return {name: tensor for name, tensor in state.items() if not name.endswith(ends)}
+
+
+def same(a: dict, b: dict) -> bool:
+    """Whether two sets of tensors are equal to the bit."""
+    assert a
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def flat(tensors: dict) -> torch.Tensor:
+    """All tensors as one vector in float32."""
+    return torch.cat([tensor.float().flatten() for _, tensor in sorted(tensors.items())])
+
+
+def test_weights_moments_and_rate_are_continuous_across_a_phase_boundary(teach, args):
+    """Six steps in one phase and in two: equal to the bit."""
+    whole = teach("whole")
+    first = teach("first", range(3))
+    start, state = teach.folder / "first/model", teach.folder / "first/work"
+    second = teach("second", range(3, 6), start=start, state=state)
+    assert (first["step"], second["step"], whole["step"]) == (3, 6, 6)
+    assert (first["batch"], second["batch"], whole["batch"]) == (3, 3, 6)
+    assert first["tokens"] + second["tokens"] == whole["tokens"]
+    assert first["loss"] + second["loss"] == pytest.approx(whole["loss"], abs=1e-9)
+    states = [state_of(teach.folder / name / "work") for name in ("whole", "second")]
+    assert same(*states)
+    models = [load_file(teach.folder / f"{n}/model/model.safetensors") for n in ("whole", "second")]
+    assert same(*models)
+
+
+def test_the_rate_rises_over_the_boundary_and_without_state_all_begins_anew(teach, monkeypatch):
+    rates, rate = [], common.learning_rate
+
+    def noted(*given):
+        rates.append(rate(*given))
+        return rates[-1]
+
+    monkeypatch.setattr(common, "learning_rate", noted)
+    teach("first", range(3))
+    start, state = teach.folder / "first/model", teach.folder / "first/work"
+    teach("on", range(3, 6), start=start, state=state)
+    anew = teach("anew", range(3, 6), start=start)
+    first = [2.5e-4, 5e-4, 7.5e-4]
+    assert rates == pytest.approx(first + [1e-3] * 3 + first)
+    assert anew["step"] == 3
+    counts = {}
+    for name in ("on", "anew"):
+        found = state_of(teach.folder / name / "work")
+        counts[name] = {t.item() for n, t in found.items() if n.endswith(".step")}
+    assert counts == {"on": {6.0}, "anew": {3.0}}
+    moments = [
+        {n: t for n, t in state_of(teach.folder / name / "work").items() if n.endswith("exp_avg")}
+        for name in ("on", "anew")
+    ]
+    assert not same(*moments)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def killed_after(monkeypatch, n: int, function="save_state"):
+    """Let the n-th call of one of common's functions be the last thing that happens."""
+    calls, real = [], getattr(common, function)
+
+    def dying(*given, **named):
+        found = real(*given, **named)
+        calls.append(found)
+        if len(calls) == n:
+            raise Killed
+        return found
+
+    monkeypatch.setattr(common, function, dying)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_phase_that_is_killed_after_any_save_goes_on_to_the_bit(teach, args, monkeypatch, dtype):
+    args.dtype, args.save_every = dtype, 1
+    whole = teach("whole", range(4))
+    model = load_file(teach.folder / "whole/model/model.safetensors")
+    for n in (1, 2, 3, 4) if dtype == "float32" else (2,):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_after(patch, n)
+            teach(f"broken{n}", range(4))
+        assert not (teach.folder / f"broken{n}/model").exists()
+        asked = []
+
+        def counted(policy, part, asked=asked):
+            asked.append(part)
+            return teach.sft_of(policy, part)
+
+        assert teach(f"broken{n}", range(4), loss_of=counted) == whole
+        assert len(asked) == 4 - n
+        found = [state_of(teach.folder / name / "work") for name in ("whole", f"broken{n}")]
+        assert same(*found)
+        assert same(load_file(teach.folder / f"broken{n}/model/model.safetensors"), model)
+
+
+def test_a_state_that_is_half_written_does_not_count(teach, args, monkeypatch):
+    args.save_every = 2
+    whole = teach("whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, 1)
+        teach("broken")
+    work = teach.folder / "broken/work"
+    shutil.copytree(work / "batch_000002", work / "batch_000004")
+    for path in (work / "batch_000004").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    assert teach("broken") == whole
+    assert same(state_of(work), state_of(teach.folder / "whole/work"))
+    assert sorted(path.name for path in work.iterdir()) == ["batch_000006", "progress.json"]
+
+
+def test_a_phase_that_is_killed_twice_before_its_model_is_there_goes_on(teach, monkeypatch):
+    """The second time while it saves, or is about to save, what was saved already."""
+    whole = teach("whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, 1)
+        teach("broken")
+
+    def dying(*given, **named):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(common.dcp, "save", dying)
+        patch.setattr(common, "save_policy", dying)
+        teach("broken")
+    assert teach("broken") == whole
+    states = [state_of(teach.folder / f"{name}/work") for name in ("whole", "broken")]
+    assert same(*states)
+
+
+def test_a_finished_phase_is_not_run_again(teach):
+    progress = teach("once", range(2))
+    written = (teach.folder / "once/model/model.safetensors").stat().st_mtime_ns
+    common.drop_states(teach.folder / "once/work")
+    assert [path.name for path in (teach.folder / "once/work").iterdir()] == ["progress.json"]
+    assert teach("once", range(2), loss_of=pytest.fail) == progress
+    assert (teach.folder / "once/model/model.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_state_is_safetensors_and_json_only_and_in_float32(teach, args, dtype):
+    args.dtype, args.save_every = dtype, 1
+    teach("a", range(2))
+    files = [path for path in (teach.folder / "a").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja"}
+    tensors = state_of(teach.folder / "a/work")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    model = load_file(teach.folder / "a/model/model.safetensors")
+    assert weights_of(tensors).keys() == model.keys()
+    for name in model:
+        assert tensors[f"{name}.exp_avg"].shape == tensors[name].shape == model[name].shape
+
+
+# ---- gradients, dtypes, memory, the vision tower, attention
+
+
+def gradient_of(work: Path) -> dict[str, torch.Tensor]:
+    """The gradient of a phase of one step: its first moment is a tenth of it."""
+    tensors = state_of(work)
+    names = [name for name in tensors if name.endswith(".exp_avg")]
+    return {name.removesuffix(".exp_avg"): 10 * tensors[name] for name in names}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 32])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tiny, teach, args, micro_batch):
+    args.micro_batch, batch = micro_batch, [0, 3, 6, 1, 7]
+    progress = teach("a", pairs=[batch])
+    policy = common.load_policy(tiny, args, training=True)
+    total, count = 0.0, 0
+    for row in (teach.rows[place] for place in batch):  # transformers' own mean over labels
+        ids = [*row["token_ids"], policy.tokenizer.eos_token_id]
+        inputs, start = one_by_one(policy, row["example"], ids, args)
+        labels = inputs["input_ids"].clone()
+        labels[:, :start] = -100
+        total = total + policy.model(**inputs, labels=labels).loss * len(ids)
+        count += len(ids)
+    (total / count).backward()
+    torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+    assert progress["tokens"] == count
+    assert progress["loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    found = gradient_of(teach.folder / "a/work")
+    wanted = {name: p.grad for name, p in policy.model.named_parameters()}
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, wanted[name], rtol=1e-3, atol=1e-6), name
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(teach):
+    calls = []
+
+    def spoiled(policy, part):
+        calls.append(part)
+        loss, count = teach.sft_of(policy, part)
+        return loss * (float("nan") if len(calls) == 3 else 1.0), count
+
+    with pytest.raises(common.InputError, match="the loss is nan at step 2; lower --learning_rate"):
+        teach("a", loss_of=spoiled)
+    assert not (teach.folder / "a/model").exists()
+
+
+def test_updates_below_bfloat16_rounding_add_up(args):
+    """500 AdamW steps of 4e-6 against a constant gradient move a weight of 0.1 by 0.002.
+
+    In bfloat16, whose grid is 0.0005 there, none of them moves it.
+    """
+    common.join_ranks("cpu")
+    args.dtype, start = "bfloat16", torch.tensor(0.1).bfloat16().item()
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.full((4,), start, dtype=torch.bfloat16))
+
+        def forward(self):
+            assert self.weight.dtype == torch.bfloat16
+            return self.weight.sum()
+
+    plain, sharded = Model(), common.shard(Model(), args)
+    for model, optimizer in (
+        (plain, torch.optim.AdamW(plain.parameters(), weight_decay=0.0)),
+        (sharded, common.make_optimizer(sharded)),
+    ):
+        optimizer.param_groups[0]["lr"] = 4e-6
+        for _ in range(500):
+            model().backward()
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            weight.grad = None
-        ends.append(weight.tolist()[0])
-    start = torch.tensor(0.1).bfloat16().item()
-    assert ends[0] == start and ends[1] == pytest.approx(start - 0.002, abs=0.0003)
+            optimizer.zero_grad()
+    assert plain.weight.tolist() == [start] * 4
+    moved = sharded.state_dict()["weight"].full_tensor()
+    assert moved.dtype == torch.float32
+    assert moved.tolist() == pytest.approx([start - 0.002] * 4, abs=1e-5)
 
 
-def test_a_bfloat16_policy_is_trained_along_the_path_of_a_float32_one(tiny, examples, args):
+def test_a_bfloat16_policy_is_trained_along_the_path_of_a_float32_one(tiny, teach, args):
     args.learning_rate, args.warmup_steps, moved = 1e-6, 0, []
+    before = load_file(tiny / "model.safetensors")
     for args.dtype in ("bfloat16", "float32"):
-        policy = common.load_policy(tiny, args)
-        optimizer = common.make_optimizer(policy)
-        before = [w.detach().clone() for group in optimizer.param_groups for w in group["params"]]
-        train(policy, optimizer, examples, args)
-        after = [w for group in optimizer.param_groups for w in group["params"]]
-        moved.append(torch.cat([(a - b).detach().flatten() for a, b in zip(after, before)]))
-        assert {w.dtype for w in after} == {torch.float32} and {w.dtype for w in policy.model.parameters()} == {common.dtype_of(args)}
-        assert all(torch.equal(p, common.masters_of(optimizer).get(p, p).to(p.dtype)) for p in policy.model.parameters())
-    assert 2e-6 < moved[0].abs().mean() < 7e-6 and F.cosine_similarity(*moved, dim=0) > 0.7  # six steps of about 1e-6, in the same direction
+        teach(args.dtype)
+        after = weights_of(state_of(teach.folder / args.dtype / "work"))
+        dtype = getattr(torch, args.dtype)
+        moved.append(flat(after) - flat({n: w.to(dtype) for n, w in before.items() if n in after}))
+    # Six steps of about 1e-6, in the same direction.
+    assert 2e-6 < moved[0].abs().mean() < 7e-6
+    assert F.cosine_similarity(*moved, dim=0) > 0.7
 
 
-def test_bfloat16_training_continues_to_the_bit_after_a_restart(tiny, examples, args, tmp_path):
+def test_a_bfloat16_model_is_saved_and_loaded_as_bfloat16(tiny, teach, args):
     args.dtype = "bfloat16"
-    policy = common.load_policy(tiny, args)
-    optimizer = common.make_optimizer(policy)
-    train(policy, optimizer, examples, args)
-    policy_two = common.load_policy(tiny, args)
-    train(policy_two, common.make_optimizer(policy_two), examples, args, stop=4, folder=tmp_path)
-    policy_two = common.load_policy(tiny, args)
-    again = common.make_optimizer(policy_two)
-    train(policy_two, again, examples, args, common.load_checkpoint(tmp_path, policy_two, again))
-    masters = [dict(zip(p.model.state_dict(), [*o.masters.values()])) for p, o in ((policy, optimizer), (policy_two, again))]
-    assert same(*masters) and same(policy.model.state_dict(), policy_two.model.state_dict())
-    moments = [[s[k] for s in o.state.values() for k in s] for o in (optimizer, again)]
-    assert len(moments[0]) == len(moments[1]) > 0 and all(map(torch.equal, *moments))
+    teach("a", range(3))
+    folder = teach.folder / "a/model"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert config["architectures"] == ["Idefics3ForConditionalGeneration"]
+    state = weights_of(state_of(teach.folder / "a/work"))
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert type(model) is transformers.Idefics3ForConditionalGeneration
+    assert model.dtype == torch.bfloat16
+    assert AutoProcessor.from_pretrained(folder).chat_template
+    saved = load_file(folder / "model.safetensors")
+    assert saved.keys() == load_file(tiny / "model.safetensors").keys()
+    loaded = model.state_dict()
+    for name, weight in saved.items():
+        assert torch.equal(weight, state[name].bfloat16())
+        assert torch.equal(weight, loaded[name])
 
 
-def test_a_new_optimizer_on_the_same_bfloat16_policy_trains_it(tiny, examples, args):
-    args.dtype = "bfloat16"
-    policy = common.load_policy(tiny, args)
-    for _ in range(2):
-        before = copy.deepcopy(policy.model.state_dict())
-        train(policy, common.make_optimizer(policy), examples, args, batches=range(2))
-        assert not same(before, policy.model.state_dict())
+def test_gradient_checkpointing_changes_no_gradient(teach, args):
+    used = []
 
+    def watched(policy, part):
+        layers = policy.model.modules()
+        used.append(any(getattr(m, "gradient_checkpointing", False) for m in layers))
+        return teach.sft_of(policy, part)
 
-def test_gradient_checkpointing_changes_no_gradient(tiny, examples, args):
-    weights = []
     for args.gradient_checkpointing in (False, True):
-        policy = common.load_policy(tiny, args)
-        train(policy, common.make_optimizer(policy), examples, args)
-        weights.append(policy.model.state_dict())
-    assert same(*weights) and any(getattr(m, "gradient_checkpointing", False) for m in policy.model.modules())
+        teach(f"{args.gradient_checkpointing}", loss_of=watched)
+    assert used == [False] * 6 + [True] * 6
+    states = [state_of(teach.folder / name / "work") for name in ("False", "True")]
+    assert same(*states)
 
 
-def test_a_frozen_vision_tower_stays_and_the_rest_learns(tiny, examples, args):
-    args.freeze_vision = True
-    policy = common.load_policy(tiny, args)
-    before = copy.deepcopy(policy.model.state_dict())
-    train(policy, common.make_optimizer(policy), examples, args)
-    moved = {n for n, w in policy.model.state_dict().items() if not torch.equal(w, before[n])}
-    assert not [n for n in moved if "vision_model" in n] and {"model.connector.modality_projection.proj.weight", "model.text_model.norm.weight"} <= moved
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_frozen_vision_tower_stays_and_the_rest_learns(tiny, teach, args, dtype):
+    args.freeze_vision, args.dtype = True, dtype
+    teach("a")
+    before = load_file(tiny / "model.safetensors")
+    before = {name: weight.to(common.dtype_of(args)) for name, weight in before.items()}
+    after = load_file(teach.folder / "a/model/model.safetensors")
+    assert after.keys() == before.keys()
+    tower = [name for name in after if "vision_model" in name]
+    assert len(tower) > 10
+    assert all(torch.equal(after[name], before[name]) for name in tower)
+    state = weights_of(state_of(teach.folder / "a/work"))
+    assert state.keys() == before.keys() - set(tower)
+    learned = {name for name in state if not torch.equal(state[name], before[name].float())}
+    assert {"model.connector.modality_projection.proj.weight", "model.text_model.norm.weight"} <= (
+        learned
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_no_gradient_flows_through_a_frozen_vision_tower(tiny, examples, args, checkpointing):
-    args.freeze_vision, args.gradient_checkpointing = True, checkpointing
-    policy, seen = common.load_policy(tiny, args), []
-    policy.model.train()
-    common.vision_tower(policy.model).register_forward_hook(lambda module, given, out: seen.append(out[0].requires_grad))
-    common.sft_loss(policy, examples[:2], [[9, 9]] * 2, args)[0].backward()
-    assert seen == [False] and policy.model.get_input_embeddings().weight.grad is not None
+def test_no_gradient_flows_through_a_frozen_vision_tower(teach, args, checkpointing):
+    args.freeze_vision, args.gradient_checkpointing, seen = True, checkpointing, []
+
+    def watched(policy, part):
+        def note(module, given, out):
+            seen.append(out[0].requires_grad)
+
+        hook = policy.model.model.vision_model.register_forward_hook(note)
+        found = teach.sft_of(policy, part)
+        hook.remove()
+        return found
+
+    teach("a", range(1), loss_of=watched)
+    assert seen == [False]
+
+
+def test_a_model_without_a_vision_tower_cannot_be_frozen(tiny, args, monkeypatch):
+    args.freeze_vision = True
+    kind = transformers.Idefics3ForConditionalGeneration
+    monkeypatch.setattr(kind, "get_encoder", lambda self, modality=None: self)
+    with pytest.raises(common.InputError, match="--freeze_vision .*Idefics3"):
+        common.load_policy(tiny, args)
 
 
 def test_training_ends_a_response_with_the_token_that_closes_the_templates_turn(policy):
     eos, plus = policy.tokenizer.eos_token_id, policy.tokenizer.convert_tokens_to_ids("+")
-    assert common.closing_first(policy.processor, [plus, eos]) == [eos, plus]  # as Gemma 3: the template closes with the second
-    assert common.closing_first(policy.processor, [eos, plus]) == [eos, plus] and common.closing_first(policy.processor, [plus]) == [plus]
+    first = common.closing_first
+    assert first(policy.processor, [plus, eos]) == [eos, plus]  # as Gemma 3
+    assert first(policy.processor, [eos, plus]) == [eos, plus]
+    assert first(policy.processor, [plus]) == [plus]
+    assert first(policy.processor, plus) == [plus]
+    assert first(policy.processor, None) == [eos]
 
 
-def test_the_attention_that_was_asked_for_is_used_and_stays_after_training(tiny, examples, args, monkeypatch):
-    for args.attention, chosen, trained in (("auto", "sdpa", "eager"), ("sdpa", "sdpa", "sdpa"), ("eager", "eager", "eager")):
-        policy, used = common.load_policy(tiny, args), []
-        loss = common.sft_loss
-        monkeypatch.setattr(common, "sft_loss", lambda p, *a: (used.append(p.model.config.text_config._attn_implementation), loss(p, *a))[1])
-        assert policy.model.config.text_config._attn_implementation == chosen
-        train(policy, common.make_optimizer(policy), examples, args, batches=range(1))
-        assert policy.model.config.text_config._attn_implementation == chosen and used == [trained]
-        monkeypatch.undo()
+@pytest.mark.parametrize(
+    "asked, sampling, training",
+    [("auto", "sdpa", "eager"), ("sdpa", "sdpa", "sdpa"), ("eager", "eager", "eager")],
+)
+def test_the_attention_that_was_asked_for_is_used(tiny, teach, args, asked, sampling, training):
+    args.attention, used = asked, []
+
+    def watched(policy, part):
+        used.append(policy.model.config.text_config._attn_implementation)
+        return teach.sft_of(policy, part)
+
+    policy = common.load_policy(tiny, args)
+    assert policy.model.config.text_config._attn_implementation == sampling
+    teach("a", range(1), loss_of=watched)
+    assert used == [training]
+    again = common.load_policy(teach.folder / "a/model", args)
+    assert again.model.config.text_config._attn_implementation == sampling
+
+
+def test_an_attention_that_there_is_not_is_refused(tiny, args):
     args.attention = "no_such"
     with pytest.raises(common.InputError, match="cannot be loaded .*no_such"):
         common.load_policy(tiny, args)
 
 
-def test_remote_code_runs_only_when_it_is_asked_for(tiny, examples, args, tmp_path):
-    """A checkpoint whose classes come with it, as those of the paper's three models do."""
-    mine = shutil.copytree(tiny, tmp_path / "mine")
-    (mine / "mine.py").write_text("from transformers import Idefics3Config, Idefics3ForConditionalGeneration\n"
-                                  "class MineConfig(Idefics3Config):\n    model_type = 'mine'\n"
-                                  "class Mine(Idefics3ForConditionalGeneration):\n    config_class = MineConfig\n")
-    config = json.loads((mine / "config.json").read_text())
-    (mine / "config.json").write_text(json.dumps({**config, "model_type": "mine", "architectures": ["Mine"],
-                                                  "auto_map": {"AutoConfig": "mine.MineConfig", "AutoModelForImageTextToText": "mine.Mine"}}))
-    with pytest.raises(common.InputError, match="custom code .* pass --trust_remote_code"):
-        common.load_policy(mine, args)
-    args.trust_remote_code = True
-    policy = common.load_policy(mine, args)
-    assert type(policy.model).__name__ == "Mine"
-    train(policy, common.make_optimizer(policy), examples, args, batches=range(1), folder=tmp_path / "c")
-    again = common.load_policy(mine, args)
-    common.load_checkpoint(tmp_path / "c", again, common.make_optimizer(again))
-    assert same(again.model.state_dict(), policy.model.state_dict())
-
-
-def test_a_dtype_that_is_neither_is_refused(tiny, args):
-    args.dtype = "int8"
-    with pytest.raises(common.InputError, match="--dtype int8 is not one of auto, float32, bfloat16"):
-        common.load_policy(tiny, args)
-
-
-# ---- the PRM
-
-def hand_made(policy):
-    """A PRM whose score at a position is known from the token there: +1 x the token's id as a logit."""
-    vocabulary, width = policy.model.get_output_embeddings().weight.shape
-    hidden = torch.zeros(width)
-    policy.marks = (0, 1)
-    weight = torch.zeros(vocabulary, width)
-    weight[0, 0] = 1.0  # logit(good) - logit(bad) = hidden[0]
-    policy.model.get_output_embeddings().weight = torch.nn.Parameter(weight)
-    return policy
-
-
-def test_a_step_is_read_at_its_own_last_token(policy):
-    prm = hand_made(policy)
-    hidden = torch.zeros(2, 9, prm.model.config.text_config.hidden_size)
-    hidden[:, :, 0] = torch.arange(9.0)  # the score of a position is its index
-    hidden[1, :, 0] += 100
-    got = common.step_logits(prm, hidden, [[2, 5], [3]], offset=3)  # responses begin at position 3
-    assert got.tolist() == [3 + 2 - 1, 3 + 5 - 1, 100 + 3 + 3 - 1]
-
-
-def responses_for(policy, texts):
-    return [policy.tokenizer(text)["input_ids"] for text in texts]
-
-
-TEXTS = ["sum of row 1 : 1 2 3\n1 + 2 + 3 = 6\nAnswer : 6", "Answer : 3", "maximum of row 2 : 1 5 2\n\nmaximum = 5\nAnswer : 5\n", "\n"]
-
-
-def test_scores_do_not_depend_on_batch_or_padding_and_training_reads_the_same_logits(policy, examples, args):
-    policy.marks = (policy.tokenizer.convert_tokens_to_ids("+"), policy.tokenizer.convert_tokens_to_ids("-"))
-    ids = responses_for(policy, TEXTS)
-    together = common.score_steps(policy, examples[:2], [ids, ids[::-1]], args)
-    assert [len(s) for s in together[0]] == [3, 1, 3, 0]
-    for example, row, responses in zip(examples, together, (ids, ids[::-1])):
-        for mine, response in zip(row, responses):
-            (alone,), = common.score_steps(policy, [example], [[response]], args)
-            assert mine == pytest.approx(alone, abs=1e-5)
-            if not mine:
-                continue
-            batch = common.encode_prompts(policy, [example], args)  # the reference: one plain forward pass, full logits
-            start = batch["input_ids"].shape[1]
-            batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([response])], 1)
-            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-            logits = policy.model(**batch).logits[0]
-            at = [start + e - 1 for e in common.step_ends(response, policy.tokenizer)]
-            assert mine == pytest.approx((logits[at, policy.marks[0]] - logits[at, policy.marks[1]]).sigmoid().tolist(), abs=1e-5)
-
-
-def test_long_responses_are_scored_in_small_parts_with_the_same_result(policy, examples, args):
-    policy.marks = (policy.tokenizer.convert_tokens_to_ids("+"), policy.tokenizer.convert_tokens_to_ids("-"))
-    step = policy.tokenizer("1 + 2 = 3\n")["input_ids"]
-    long = [step * n for n in (90, 30, 60)]
-    widths, inner = [], policy.model.base_model
-    inner.register_forward_pre_hook(lambda module, given, named: widths.append(tuple(named["input_ids"].shape)), with_kwargs=True)
-    many = common.score_steps(policy, examples[:1], [long * 60], args)[0]
-    prompt, *parts = widths
-    assert prompt[1] == 42 and parts == [(120, 360), (60, 540)]  # sorted by length; a 121st row of 42 + 540 tokens would make 70,422 > 65,536 positions
-    alone = common.score_steps(policy, examples[:1], [long], args)[0]
-    for k, scores in enumerate(many):
-        assert scores == pytest.approx(alone[k % 3], abs=1e-5)
-
-
-def test_prm_loss_is_cross_entropy_at_the_scored_positions_and_zero_without_labels(policy, examples, args):
-    policy.marks = (policy.tokenizer.convert_tokens_to_ids("+"), policy.tokenizer.convert_tokens_to_ids("-"))
-    prm, ids = stage("02_train_prm"), responses_for(policy, TEXTS[:2])
-    policy.model.get_output_embeddings().weight.data *= 0.05  # scores away from 0 and 1, where a logarithm is exact enough
-    ends = [common.step_ends(i, policy.tokenizer) for i in ids]
-    steps = [[{"end": e, "soft": s} for e, s in zip(row, labels)] for row, labels in zip(ends, ([0.25, 0.5, 1.0], [0.0]))]
-    loss, count = prm.prm_loss(policy, examples[:2], ids, steps, "soft", args)
-    scores = [f for (row,) in common.score_steps(policy, examples[:2], [[i] for i in ids], args) for f in row]
-    wanted = -sum(y * torch.log(torch.tensor(f)) + (1 - y) * torch.log(torch.tensor(1 - f)) for y, f in zip((0.25, 0.5, 1.0, 0.0), scores))
-    assert count == 4 and loss.item() == pytest.approx(wanted.item(), rel=1e-4)
-    loss, count = prm.prm_loss(policy, examples[:2], ids, [[], []], "soft", args)
-    assert count == 0 and loss.item() == 0.0
-
-
-def test_a_cut_response_ranks_below_every_scored_one(policy, examples, args, monkeypatch):
-    policy.marks = (policy.tokenizer.convert_tokens_to_ids("+"), policy.tokenizer.convert_tokens_to_ids("-"))
-    ids = responses_for(policy, TEXTS[:2])
-    made = [common.Response(ids[0], TEXTS[0], False), common.Response(ids[1], TEXTS[1], True)]
-    monkeypatch.setattr(common, "generate", lambda *a, **k: [made])
-    cut, whole = common.sample_rows(policy, examples[:1], 2, 1.0, "t", 0, args, policy)
-    assert cut["reward"] == -1.0 and cut["step_scores"] == [] and 0 <= whole["reward"] <= 1
-    right_only = common.sample_rows(policy, [{**examples[0], "answer": "3", "choices": None}], 2, 1.0, "t", 0, args, policy, True)
-    assert [r["reward"] > 0 for r in right_only] == [False, True]
-
-
-def test_marks_that_are_not_one_token_are_refused(policy):
-    with pytest.raises(common.InputError, match="must each be one token"):
-        stage("02_train_prm").mark_ids(policy.tokenizer, "+", "bad step")
-
-
 # ---- checkpoints
 
+
+def test_remote_code_runs_only_when_it_is_asked_for(tiny, teach, args, tmp_path):
+    """A checkpoint whose classes come with it, as those of the paper's three models do."""
+    mine = shutil.copytree(tiny, tmp_path / "mine")
+    (mine / "mine.py").write_text(
+        "from transformers import Idefics3Config, Idefics3ForConditionalGeneration\n"
+        "class MineConfig(Idefics3Config):\n    model_type = 'mine'\n"
+        "class Mine(Idefics3ForConditionalGeneration):\n    config_class = MineConfig\n"
+    )
+    config = json.loads((mine / "config.json").read_text())
+    classes = {
+        "AutoConfig": "mine.MineConfig",
+        "AutoModelForImageTextToText": "mine.Mine",
+    }
+    config |= {"model_type": "mine", "architectures": ["Mine"], "auto_map": classes}
+    (mine / "config.json").write_text(json.dumps(config))
+    with pytest.raises(common.InputError, match="cannot be loaded .*--trust_remote_code"):
+        common.load_policy(mine, args)
+    args.trust_remote_code = True
+    assert type(common.load_policy(mine, args).model).__name__ == "Mine"
+    teach("a", range(1), start=mine)
+    again = common.load_policy(teach.folder / "a/model", args)
+    assert type(again.model).__name__ == "Mine"
+    state = weights_of(state_of(teach.folder / "a/work"))
+    loaded = again.model.state_dict()
+    assert same(state, {name: loaded[name] for name in state})
+
+
 def test_a_text_only_checkpoint_is_refused(tmp_path, args):
-    from transformers import LlamaConfig, LlamaForCausalLM
-    LlamaForCausalLM(LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path)
-    with pytest.raises(common.InputError, match="holds a llama model, which takes no images"):
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=1)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(common.InputError, match="a llama model.* takes no images"):
         common.load_policy(tmp_path, args)
 
 
 def test_a_broken_checkpoint_is_refused(tiny, tmp_path, args):
     broken = shutil.copytree(tiny, tmp_path / "broken")
-    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    half = (broken / "model.safetensors").read_bytes()[:1000]
+    (broken / "model.safetensors").write_bytes(half)
     for path in (broken, tmp_path / "empty"):
-        with pytest.raises(common.InputError, match="cannot be loaded as a Hugging Face checkpoint"):
+        with pytest.raises(common.InputError, match="cannot be loaded as a .* checkpoint"):
             common.load_policy(path, args)
 
 
-def test_saved_policies_and_prms_are_plain_hugging_face_folders(policy, args, tmp_path):
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    policy.marks = (3, 4)
-    common.save_model(policy, tmp_path / "m")
+def test_saved_policies_and_prms_are_plain_hugging_face_folders(tiny, policy, args, tmp_path):
+    prm = common.Prm(**vars(policy), marks=(3, 4))
+    common.save_policy(prm, tmp_path / "m", args)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "m")
-    assert AutoProcessor.from_pretrained(tmp_path / "m").chat_template == policy.processor.chat_template
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), policy.model.state_dict().values()))
+    processor = AutoProcessor.from_pretrained(tmp_path / "m")
+    assert processor.chat_template == policy.processor.chat_template
+    assert same(again.state_dict(), policy.model.state_dict())
+    assert load_file(tmp_path / "m/model.safetensors").keys() == (
+        load_file(tiny / "model.safetensors").keys()
+    )
+    with safe_open(tmp_path / "m/model.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
     assert common.load_prm(tmp_path / "m", args).marks == (3, 4)
+    common.save_policy(policy, tmp_path / "p", args)
+    assert not (tmp_path / "p/prm.json").exists()
+
+
+def test_a_killed_save_leaves_no_folder(policy, args, tmp_path, monkeypatch):
+    def dying(*given):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(type(policy.processor), "save_pretrained", dying)
+        common.save_policy(policy, tmp_path / "m", args)
+    assert not (tmp_path / "m").exists()
+    common.save_policy(policy, tmp_path / "m", args)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    common.load_policy(tmp_path / "m", args)
+
+
+# ---- settings of the processor
+
+
+@pytest.mark.parametrize("text", ["{", "3", "", "[1]", '"a"'])
+def test_settings_of_the_processor_that_are_no_json_object_are_refused(tiny, args, text):
+    args.processor = text
+    with pytest.raises(common.InputError, match="--processor must be a JSON object, found"):
+        common.load_policy(tiny, args)
+
+
+@pytest.mark.parametrize("text", ['{"max_pixels": 1003520}', '{"size": {"longest_edge": 24}}'])
+def test_settings_of_the_processor_that_change_nothing_are_refused(tiny, args, text):
+    args.processor = text
+    with pytest.raises(common.InputError, match="--processor .*changes nothing"):
+        common.load_policy(tiny, args)
+
+
+def test_settings_of_the_processor_change_prompts_and_travel_with_the_checkpoint(
+    tiny, examples, args, tmp_path
+):
+    plain = common.load_policy(tiny, args)
+    tiles = {"do_resize": True, "size": {"longest_edge": 48}, "do_image_splitting": True}
+    args.processor = json.dumps(tiles)
+    split = common.load_policy(tiny, args)
+    common.save_policy(split, tmp_path / "m", args)
+    args.processor = "{}"
+    again = common.load_policy(tmp_path / "m", args)
+    images = [
+        common.encode_prompts(policy, examples[:1], args)["pixel_values"].shape[1]
+        for policy in (plain, split, again)
+    ]
+    assert images == [1, 5, 5]  # four tiles of 24 x 24 and the whole image
+    assert ids_of(common.generate(split, examples[:1], [[1]], 1.0, args)) == (
+        ids_of(common.generate(again, examples[:1], [[1]], 1.0, args))
+    )

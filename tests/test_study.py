@@ -1,4 +1,4 @@
-"""The variants of stage 03 and the study: methods differ where they should, selections and votes by hand, no leaks, equal budgets."""
+"""Stage 04 on one run, and the study: figures by hand, runs compared, drivers that resume."""
 
 import json
 import os
@@ -7,394 +7,458 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 
 import numpy as np
 import pytest
-import torch
-
-import common
 import study
 from conftest import ROOT, stage
 
-train_prm, evolve, evaluate = stage("02_train_prm"), stage("03_self_evolve"), stage("04_eval")
-SHORT = dict(device="cpu", passes=1.0, interval=0.5, steps=4, samples=3, select="all", temperature="1.0", batch_size=4, max_new_tokens=60, warmup_steps=3)
+import common
+
+evolve, evaluate = stage("03_self_evolve"), stage("04_eval")
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.fixture(autouse=True)
+def free_folders():
+    """Every test leaves its run folders unlocked."""
+    yield
+    common.close_runs()
+
+
+def write_look(folder, name, prompts):
+    """What Sampler.look leaves: {prompt: (greedy row, sample rows)}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    greedy = [{"id": prompt, **first} for prompt, (first, _) in prompts.items()]
+    samples = [{"id": prompt, **row} for prompt, (_, rows) in prompts.items() for row in rows]
+    common.write_jsonl(folder / f"{name}_greedy.jsonl", greedy)
+    common.write_jsonl(folder / f"{name}_samples.jsonl", samples)
+
+
+def means(report):
+    """The means of a report of intervals, two levels deep."""
+    return {
+        key: {figure: interval["mean"] for figure, interval in row.items()}
+        for key, row in report.items()
+    }
+
+
+# ---- figures of one run
+
+
+def sampled(prompt, *samples):
+    """A right greedy row, and samples (answer, right, reward, number of steps) of a prompt."""
+    rows = [
+        {
+            "answer": answer,
+            "correct": correct,
+            "reward": reward,
+            "token_ids": [i],
+            "step_scores": [reward] * steps,
+            "response": f"{prompt}{i}",
+        }
+        for i, (answer, correct, reward, steps) in enumerate(samples, 1)
+    ]
+    return {"answer": "1", "correct": True, "reward": 0.5, "step_scores": [0.5]}, rows
+
+
+def test_votes_and_best_of_n_over_n_by_hand(tmp_path):
+    right, wrong = ("1", True), ("2", False)
+    p = sampled("p", (*right, 0.2, 1), (*wrong, 0.1, 1), (*right, 0.3, 1), (*right, 0.3, 1))
+    right, wrong = ("6", True), ("5", False)
+    q = sampled("q", (*wrong, 0.1, 1), (*right, 0.4, 1), (*wrong, 0.2, 1), (*wrong, 0.3, 1))
+    write_look(tmp_path, "base_test", {"p": p, "q": q})
+    report = evaluate.verifier(tmp_path, "base_test", evaluate.Args(samples=4, resamples=20))
+    assert means(report) == {
+        # the first sample: p right, q wrong
+        1: {"majority": 0.5, "weighted": 0.5, "best_of_n": 0.5},
+        # equal votes: the answer sampled first; rewards 0.2 > 0.1 and 0.4 > 0.1
+        2: {"majority": 0.5, "weighted": 1.0, "best_of_n": 1.0},
+        # q: three votes for 5, which weigh 0.6; 0.4 is the largest reward
+        4: {"majority": 0.5, "weighted": 0.5, "best_of_n": 1.0},
+    }
+
+
+def test_the_sizes_that_a_verifier_is_judged_at_end_with_all_samples(tmp_path):
+    write_look(tmp_path, "base_test", {"p": sampled("p", *[("1", True, 0.5, 1)] * 6)})
+    report = evaluate.verifier(tmp_path, "base_test", evaluate.Args(samples=6, resamples=20))
+    assert list(report) == [1, 2, 4, 6]
+
+
+def test_the_rerankers_top_2_are_compared_with_the_rest_prompt_by_prompt(tmp_path):
+    p = [("1", True, 0.1, 6), ("1", True, 0.9, 2), ("1", True, 0.5, 4), ("2", False, 1.0, 9)]
+    q = [("1", True, 0.2, 5), ("1", True, 0.3, 5), ("1", True, 0.6, 2), ("1", True, 0.4, 2)]
+    two = [("1", True, 0.2, 7), ("1", True, 0.3, 7), ("3", False, 0.3, 7), ("3", False, 0.3, 7)]
+    looks = {"p": sampled("p", *p), "q": sampled("q", *q), "r": sampled("r", *two)}  # r: no rest
+    write_look(tmp_path, "base_test", looks)
+    chains = {"p1": False, "p2": True, "p3": False, "q1": True, "q2": False, "q3": True, "q4": True}
+    checker = tmp_path / "checker.py"
+    checker.write_text(f"def judge(response, example):\n    return {chains}[response]\n")
+    args = evaluate.Args(samples=4, resamples=20, chain_checker=f"{checker}:judge")
+    report = evaluate.reranker(tmp_path, "base_test", {prompt: {} for prompt in "pqr"}, args)
+    assert means(report) == {
+        "Top-2": {"steps": 2.5, "right_chain": 0.75},
+        "rest": {"steps": 5.5, "right_chain": 0.25},
+        "difference": {"steps": -3.0, "right_chain": 0.5},
+    }
+    assert all(row["steps"]["n"] == 2 for row in report.values())
+    checker.write_text(
+        f"def judge(response, example):\n    return {chains | {'p3': None}}[response]\n"
+    )
+    report = evaluate.reranker(tmp_path, "base_test", {prompt: {} for prompt in "pqr"}, args)
+    assert means(report)["rest"] == {"steps": 5.5, "right_chain": 0.5}  # of q alone
+    assert all(row["right_chain"]["n"] == 1 for row in report.values())
+    checker.write_text("def judge(response, example):\n    return None\n")
+    report = evaluate.reranker(tmp_path, "base_test", {prompt: {} for prompt in "pqr"}, args)
+    assert all(list(row) == ["steps"] for row in report.values())  # no chain can be judged
+
+
+def test_the_gain_of_a_policy_is_paired_with_the_one_before_it(tmp_path):
+    verdicts = {"base": [0, 0, 1, 1], "warm-up": [0, 1, 1, 1], "M-STaR": [1, 1, 0, 1]}
+    for policy, right in verdicts.items():
+        looks = {}
+        for i, verdict in enumerate(right):
+            greedy, samples = sampled(f"p{i}", ("1", True, 0.5, 1))
+            looks[f"p{i}"] = greedy | {"correct": bool(verdict)}, samples
+        write_look(tmp_path, f"{policy}_test", looks)
+    report = evaluate.summarize(tmp_path, list(verdicts), "test", evaluate.Args(samples=1))
+    gains = {policy: figures.get("greedy_gain") for policy, figures in report.items()}
+    assert gains["base"] is None and gains["warm-up"]["mean"] == 0.25
+    assert gains["M-STaR"] == {"mean": 0.0, "low": -0.75, "high": 0.75, "n": 4}
+    assert report["M-STaR"]["greedy"]["mean"] == 0.75
+
+
+# ---- stage 04 on one run
 
 
 @pytest.fixture
-def place(world, tmp_path, monkeypatch):
-    """A working directory in which the toy's base model stands for warm-up policy and PRM."""
+def variant(world, tiny, tmp_path, monkeypatch):
+    """A working directory with a finished run of a variant, its warm-up and PRM from elsewhere."""
     shutil.copytree(world, tmp_path / "data/toy")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    for name in ("01_warmup", "02_train_prm"):
-        shutil.copytree(world / "base", tmp_path / f"runs/toy/{name}/model")
+    for folder in ("toy/01_warmup", "toy/02_train_prm", "variant/03_self_evolve"):
+        shutil.copytree(tiny, tmp_path / "runs" / folder / "model")
     common.write_json(tmp_path / "runs/toy/02_train_prm/model/prm.json", {"marks": [3, 4]})
+    flags = {"policy": "runs/toy/01_warmup/model", "prm": "runs/toy/02_train_prm/model"}
+    trained = vars(evolve.Args(method="rest_em", samples=3, **flags))
+    evolving = tmp_path / "runs/variant/03_self_evolve"
+    common.write_json(evolving / "run.json", {"flags": trained, "inputs": {}})
+    look = {"greedy_accuracy": 0.5, "sample_accuracy": 0.5, "pass_at_k": 1.0}
+    look |= {"iteration": 0, "temperature": 1.0, "reward_pass_at_2": 0.5}
+    common.write_jsonl(
+        evolving / "metrics.jsonl",
+        [look, {"iteration": 1, "temperature": 1.0}, look | {"iteration": 2, "temperature": 0.5}],
+    )
+    curve = [{"temperature": T, "reward_pass_at_2": 0.5, "pass_at_k": T / 2} for T in (0.5, 1.0)]
+    search = {"iteration": 1, "was": 1.0, "chosen": 0.5, "objective": "reward_pass_at_2"}
+    common.write_jsonl(evolving / "temperature.jsonl", [search | {"curve": curve}])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "LOCKS", [])
-    return tmp_path
+    return tmp_path / "runs/variant"
 
 
-def contents(folder):
-    """Every file of a run, JSON without seconds and without the run's own name."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != ".lock":
-            text = path.read_text().replace(f"runs/{folder.parent.name}/", "runs/") if path.suffix in (".json", ".jsonl") else ""
-            lines = text.splitlines() if path.suffix == ".jsonl" else [text] if text else []
-            found[str(path.relative_to(folder))] = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines] or path.read_bytes()
-    return found
+def judge_variant(**flags):
+    """Stage 04 on the variant, small."""
+    settings = {"device": "cpu", "samples": 3, "resamples": 20, "max_new_tokens": 12}
+    evaluate.main(evaluate.Args(**{"runs": "runs/variant", **settings, **flags}))
+    common.close_runs()
 
 
-def evolve_as(name, place, **flags):
-    """One run of stage 03 in runs/<name>, in this process; its folder."""
-    shutil.copytree(place / "runs/toy", place / f"runs/{name}", ignore=shutil.ignore_patterns("03_*"))
-    evolve.main(evolve.Args(runs=f"runs/{name}", **SHORT | flags))
-    return place / f"runs/{name}/03_self_evolve"
-
-
-# ---------------------------------------------------------------- methods
-
-def test_training_methods_differ_in_start_weights_moments_and_schedule_and_nowhere_else(place, monkeypatch):
-    fit, seen = evolve.fit, {}
-
-    def watched(policy, optimizer, batches, loss_of, args, label, state, save):
-        weights = lambda: {n: p.detach().clone() for n, p in policy.model.named_parameters()}
-        moments = lambda: [{k: v.clone() for k, v in optimizer.state[p].items()} for p in policy.model.parameters() if p in optimizer.state]
-        before = weights(), moments(), state["step"] - state["reset"], [[r["token_ids"] for r in b] for b in batches]
-        state = fit(policy, optimizer, batches, loss_of, args, label, state, save)
-        seen.setdefault(args.method, []).append((before, (weights(), moments())))
-        return state
-
-    monkeypatch.setattr(evolve, "fit", watched)
-    for method in ("continuous", "iterative_rft", "rest_em"):
-        evolve_as(method, place, method=method)
-    same = lambda a, b: all(torch.equal(a[n], b[n]) for n in a)
-    (first, after), (second, _) = seen["continuous"]
-    for method in ("iterative_rft", "rest_em"):  # the first iteration, and what the second one trains on, are the same to the bit
-        (other, other_after), (other_second, _) = seen[method]
-        assert same(first[0], other[0]) and same(after[0], other_after[0]) and first[2:] == other[2:] and second[3] == other_second[3]
-    assert same(second[0], after[0]) and all(same(a, b) for a, b in zip(second[1], after[1])) and len(second[1]) == len(after[1]) > 0 and second[2] == 2
-    for method, start in (("iterative_rft", after[0]), ("rest_em", first[0])):
-        weights, moments, schedule, _ = seen[method][1][0]
-        assert same(weights, start) and moments == [] and schedule == 0
-    assert not same(after[0], first[0])
-
-
-def test_every_method_and_interval_draws_the_same_samples_and_steps(place):
-    budgets = {}
-    for name, flags in {"a": {}, "b": {"interval": 1.0}, "c": {"interval": 0.25}, "d": {"method": "rest_em", "interval": 1.0}, "e": {"unlabeled": "vote", "select": "random"},
-                        "f": {"method": "iterative_rft"}, "g": {"unlabeled": "oracle", "temperature": "adaptive", "search_every": 1, "search_prompts": 2, "search_grid": [0.5, 1.0]}}.items():
-        out = evolve_as(name, place, **flags)
-        metrics, drawn = rows(out / "metrics.jsonl"), sum(len(rows(path)) for path in out.glob("iter_*/samples.jsonl"))
-        assert sum(m.get("samples", 0) for m in metrics) == drawn and sum(m["extra_samples"] for m in metrics) == sum(len(rows(path)) for path in out.glob("iter_*/search.jsonl"))
-        budgets[name] = (drawn, metrics[-1]["steps"], len(metrics) - 1)
-    assert {b[:2] for b in budgets.values()} == {(32 * 3, 4)} and [b[2] for b in budgets.values()] == [2, 1, 4, 1, 2, 2, 2]
-
-
-def test_sft_trains_once_on_gold_answers_and_samples_nothing(place):
-    out = evolve_as("sft", place, method="sft", steps=3)
-    metrics, selected, data = rows(out / "metrics.jsonl"), rows(out / "iter_01/selected.jsonl"), rows(place / "data/toy/train.jsonl")
-    assert len(metrics) == 2 and metrics[1]["samples"] == 0 and metrics[1]["steps"] == 3 and not (out / "iter_01/samples.jsonl").exists()
-    assert [(s["id"], s["response"]) for s in selected] == [(e["id"], f"Answer : {e['answer']}") for e in data]
-
-
-# ---------------------------------------------------------------- selection, votes, unlabelled prompts
-
-SCORED = [{"id": p, "token_ids": [i], "correct": c, "reward": r, "iteration": 1, "sample": i} for p, i, c, r in (
-    ("a", 1, True, 0.4), ("a", 2, True, 0.9), ("a", 3, False, 0.0), ("a", 4, True, 0.6), ("a", 5, True, 0.6), ("b", 6, False, 0.0), ("c", 7, True, 0.1))]
-
-
-@pytest.mark.parametrize("flags, chosen", [
-    ({"select": "top_k", "k": 1}, [2, 7]), ({"select": "top_k", "k": 2}, [2, 4, 7]), ({"select": "top_k", "k": 4}, [2, 4, 5, 1, 7]),
-    ({"select": "all"}, [1, 2, 4, 5, 7]), ({"select": "threshold", "alpha": 0.5}, [2, 4, 5]), ({"select": "threshold", "alpha": 0.6}, [2])])
-def test_every_selection_rule_on_hand_made_scores(flags, chosen):
-    assert [row["sample"] for row in evolve.select(SCORED, evolve.Args(**flags))] == chosen
-
-
-def test_random_selection_takes_k_right_ones_and_every_right_one_equally_often():
-    counts = np.zeros(6)
-    for seed in range(400):
-        picked = [row["sample"] for row in evolve.select(SCORED, evolve.Args(select="random", k=2, seed=seed)) if row["id"] == "a"]
-        assert len(set(picked)) == 2
-        counts[picked] += 1
-    assert counts[3] == 0 and all(160 < counts[i] < 240 for i in (1, 2, 4, 5))  # 200 expected, standard deviation 10
-
-
-def test_pseudo_labels_follow_the_prm_weighted_vote_or_the_majority():
-    samples = [{"id": "p", "answer": a, "reward": r} for a, r in (("7", 0.2), ("8", 0.9), ("7", 0.3), (None, -1.0))] + [{"id": "q", "answer": None, "reward": -1.0}]
-    judged, skipped = evolve.pseudo_label(samples, "prm")
-    assert skipped == 1 and [(r["id"], r["pseudo_label"], r["correct"], r["reward"]) for r in judged] == [
-        ("p", "8", False, 0.0), ("p", "8", True, 0.9), ("p", "8", False, 0.0), ("p", "8", False, 0.0)]
-    assert [r["correct"] for r in evolve.pseudo_label(samples, "equal")[0]] == [True, False, True, False]
-    tie = [{"id": "p", "answer": a, "reward": 0.5} for a in ("9", "7")]
-    assert [r["correct"] for r in evolve.pseudo_label(tie, "prm")[0]] == [True, False]  # of equal votes the one sampled first
-
-
-def test_mix_in_halves_the_labelled_prompts_from_its_share_of_training_on():
-    labelled, hidden = [{"id": f"l{i}"} for i in range(16)], [{"id": f"u{i}"} for i in range(16)]
-    for mixin, first in ((0.0, 1), (0.5, 5), (0.75, 7)):
-        args = evolve.Args(unlabeled="vote", mixin=mixin, interval=0.25)
-        counts = [[sum(e["id"].startswith(kind) for e in evolve.choose_prompts(labelled, hidden, t, 8, args)) for kind in "lu"] for t in range(1, 9)]
-        assert counts == [[4, 0] if t < first else [2, 2] for t in range(1, 9)]
-
-
-def test_hidden_answers_reach_no_mode_but_oracle(place):
-    flags = dict(unlabeled="vote", select="top_k")
-    before = contents(evolve_as("vote1", place, **flags))
-    path = place / "data/toy/unlabeled.jsonl"
-    spoiled = [{**{k: v for k, v in row.items() if k not in ("grid", "plan")}, "answer": "999"} for row in rows(path)]
-    common.write_jsonl(path, spoiled)
-    after = contents(evolve_as("vote2", place, **flags))
-    assert {name for name in before if before[name] != after.get(name)} == {"run.json"} and before.keys() == after.keys()  # it holds the file's digest
-    drawn, metrics = before["iter_01/samples.jsonl"], before["metrics.jsonl"][1]
-    unlabeled = {r["id"]: [s["answer"] for s in drawn if s["id"] == r["id"]] for r in drawn if r["id"].startswith("unlabeled-")}
-    assert unlabeled and metrics["no_vote"] == sum(not any(answers) for answers in unlabeled.values()) and len(unlabeled) == metrics["prompts"] / 2
-    assert all(set(row) == {"id", "image", "question", "choices", "source", "answer", "where"} and row["answer"] is None
-               for row in common.load_examples(path, hidden=True))
-    oracle = rows(evolve_as("oracle", place, **flags | {"unlabeled": "oracle"}) / "iter_01/samples.jsonl")
-    assert not any(r["correct"] for r in oracle if r["id"].startswith("unlabeled"))  # here the revealed answers are wrong
-    voted = [r for r in rows(place / "runs/vote2/03_self_evolve/iter_01/selected.jsonl") if r["id"].startswith("unlabeled")]
-    assert voted and all(r["answer"] == r["pseudo_label"] for r in voted)
-
-
-# ---------------------------------------------------------------- the PRM as verifier and reranker
-
-def sampled(prompt, *samples):
-    """A greedy row and samples (answer, right, reward, number of steps) of one prompt."""
-    greedy = {"id": prompt, "answer": "1", "correct": True, "reward": 0.5, "token_ids": [0], "step_scores": [0.5], "response": "greedy"}
-    return [greedy] + [{"id": prompt, "answer": a, "correct": c, "reward": r, "token_ids": [i], "step_scores": [r] * n, "response": f"{prompt}{i}"}
-                       for i, (a, c, r, n) in enumerate(samples, 1)]
-
-
-def test_votes_and_best_of_n_over_n_by_hand():
-    prompts = [sampled("p", ("1", True, 0.2, 1), ("2", False, 0.1, 1), ("1", True, 0.3, 1), ("1", True, 0.3, 1)),
-               sampled("q", ("5", False, 0.1, 1), ("6", True, 0.4, 1), ("5", False, 0.2, 1), ("5", False, 0.3, 1))]
-    table = {n: {figure: row[figure]["mean"] for figure in row} for n, row in evaluate.verifier(prompts, evaluate.Args(samples=4, resamples=20)).items()}
-    assert table == {1: {"majority": 0.5, "best_of_n": 0.5, "weighted": 0.5},  # the first sample: p right, q wrong
-                     2: {"majority": 0.5, "best_of_n": 1.0, "weighted": 1.0},  # equal votes: the answer sampled first; rewards 0.2 > 0.1 and 0.4 > 0.1
-                     4: {"majority": 0.5, "best_of_n": 1.0, "weighted": 0.5}}  # q: three votes for 5, which weigh 0.6; 0.4 is the largest reward
-
-
-def test_several_runs_are_drawn_together_and_what_training_changed_is_counted_by_hand(tmp_path, monkeypatch):
-    def look(folder, right, **looked):  # right: per prompt the greedy verdict and those of K = 2 samples
-        (folder / f"iter_{looked['iteration']:02d}").mkdir(parents=True)
-        greedy = [{"id": p, "answer": "1", "correct": r[0]} for p, r in right.items()]
-        samples = [{"id": p, "answer": "1", "correct": c, "reward": 0.5 - k} for p, r in right.items() for k, c in enumerate(r[1:])]
-        for name, made in (("val_greedy", greedy), ("val_samples", samples)):
-            common.write_jsonl(folder / f"iter_{looked['iteration']:02d}" / f"{name}.jsonl", made)
-        return {"temperature": 1.0, "greedy_accuracy": 0.0, "pass_at_k": 0.0, "reward_pass_at_2": 0.0, **looked}
-
-    def finish(run, looks, model="0", **flags):
-        common.write_jsonl(tmp_path / run / "03_self_evolve" / "metrics.jsonl", looks)
-        common.write_json(tmp_path / run / "03_self_evolve" / "run.json", {"flags": {"method": "continuous", "passes": 2.0, "interval": 1.0, "samples": 2, "k": 2, **flags},
-                                                                              "inputs": {"policy": model}})
-        return str(tmp_path / run)
-
-    def two_looks(run, first, last):
-        return [look(tmp_path / run / "03_self_evolve", first, iteration=0), {"iteration": 1, "temperature": 1.0}, look(tmp_path / run / "03_self_evolve", last, iteration=2)]
-
-    start = {"p": (0, 0, 0), "q": (0, 1, 1)}
-    runs = [finish("a", two_looks("a", start, {"p": (1, 1, 0), "q": (1, 0, 1)}), seed=0), finish("b", two_looks("b", start, {"p": (1, 1, 1), "q": (0, 0, 0)}), seed=1)]
-    drawn = []
-    monkeypatch.setattr(evaluate.Figure, "savefig", lambda self, path, dpi: drawn.append([[line.get_xydata().tolist() for line in axis.get_lines()] for axis in self.axes]))
-    metrics = rows(tmp_path / "a/03_self_evolve/metrics.jsonl")
-    metrics[0]["greedy_accuracy"], metrics[2]["pass_at_k"], metrics[1]["temperature"] = 0.25, 0.75, 0.5
-    common.write_jsonl(tmp_path / "a/03_self_evolve/metrics.jsonl", metrics)
-    evaluate.compare_runs(runs, tmp_path / "compare.png")
-    ((accuracy, passed, _, temperature),) = drawn  # one line per run in each; x is the share of training, y percent
-    assert accuracy == [[[0.0, 25.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]] and passed == [[[0.0, 0.0], [1.0, 75.0]], [[0.0, 0.0], [1.0, 0.0]]]
-    assert temperature == [[[0.0, 1.0], [0.5, 0.5], [1.0, 1.0]], [[0.0, 1.0], [0.5, 1.0], [1.0, 1.0]]]
-
-    args = evaluate.Args(resamples=50)
-    greedy, passed, rewarded = evaluate.dynamics_table(runs, args).splitlines()[3:]
-    assert greedy.startswith("| greedy accuracy | 0.0 | 75.0 | +75.0 [")  # first 0 of 4, last 3 of 4
-    assert passed.startswith("| Pass@K | 50.0 | 75.0 | +25.0 [") and rewarded.startswith("| Reward-Pass@2 | 50.0 | 75.0 | +25.0 [")  # of K = 2 the top two are all
-
-    c = finish("c", two_looks("c", start, {"p": (0, 0, 0), "q": (1, 0, 0)}), seed=1, k=1)  # another kind of run: never pooled with a and b, but compared
-    second = evaluate.dynamics_table([*runs, c], args).splitlines()[7:]
-    assert second[0] == f"| {c}, 1 seed, validation | first look | last look | change | less that of {runs[0]}, 1 seed |"
-    assert second[2].startswith("| greedy accuracy | 0.0 | 50.0 | +50.0 [") and second[2].split("|")[5].startswith(" +0.0 [")  # c +50 on q; b, of the same seed, +50 on p
-    assert second[3].startswith("| Pass@K | 50.0 | 0.0 | -50.0 [") and second[3].split("|")[5].startswith(" -50.0 [")
-
-    once = finish("once", [look(tmp_path / "once/03_self_evolve", start, iteration=0)], seed=2)
-    assert evaluate.dynamics_table([once, *runs], args).splitlines()[0] == f"{once} looked at the dynamics once only (--validate_every): it is in no table"
-    with pytest.raises(common.InputError, match="d/03_self_evolve holds no run"):
-        evaluate.dynamics_table([*runs, str(tmp_path / "d")], args)
-    others = {"p": (0, 0, 0), "r": (0, 0, 0)}
-    for run, flags, looks in (("e", {"seed": 2}, two_looks("e", others, others)), ("f", {"seed": 2, "samples": 3}, two_looks("f", start, start))):
-        with pytest.raises(common.InputError, match="other prompts, or with another K"):
-            evaluate.dynamics_table([*runs, finish(run, looks, **flags)], args)
-    with pytest.raises(common.InputError, match="has the flags, the seed and the inputs of another run"):
-        evaluate.dynamics_table([*runs, runs[0]], args)
-    other = finish("g", two_looks("g", start, start), model="1", seed=0)  # the same flags and seed on another model: another kind
-    assert [(kind["name"], list(kind["seeds"])) for kind in evaluate.kinds_of_runs([*runs, other])[0]] == [(runs[0], [0, 1]), (other, [0])]
-
-
-def test_the_rerankers_top_2_are_compared_with_the_rest_prompt_by_prompt():
-    prompts = [sampled("p", ("1", True, 0.1, 6), ("1", True, 0.9, 2), ("1", True, 0.5, 4), ("2", False, 1.0, 9)),
-               sampled("q", ("1", True, 0.2, 5), ("1", True, 0.3, 5), ("1", True, 0.6, 2), ("1", True, 0.4, 2)),
-               sampled("r", ("1", True, 0.2, 7), ("1", True, 0.3, 7), ("3", False, 0.3, 7), ("3", False, 0.3, 7))]  # only two right: no rest
-    chains = {"p1": False, "p2": True, "p3": False, "q1": True, "q2": False, "q3": True, "q4": True}
-    report = evaluate.reranker(prompts, {p: {} for p in "pqr"}, lambda response, example: chains[response], evaluate.Args(samples=4, resamples=20))
-    means = {name: {figure: value["mean"] for figure, value in row.items()} for name, row in report.items()}
-    assert means == {"Top-2": {"steps": 2.5, "right_chain": 0.75}, "rest": {"steps": 5.5, "right_chain": 0.25}, "difference": {"steps": -3.0, "right_chain": 0.5}}
-    assert all(row["steps"]["n"] == 2 for row in report.values())
-
-
-# ---------------------------------------------------------------- past the paper
-
-def test_a_refreshed_prm_serves_the_search_and_the_iterations_after_it(place):
-    base = (place / "runs/toy/02_train_prm/model/model.safetensors").read_bytes()
-    made_with = asdict(train_prm.Args(device="cpu", max_new_tokens=60, prompts=32, samples=6, rollouts=2, epochs=1, held_out=0.5, val_samples=3))
-    common.write_json(place / "runs/toy/02_train_prm/run.json", {"flags": made_with})  # stage 02 at its default size would take minutes
-    out, scorers = place / "runs/toy/03_self_evolve", []
-    with pytest.MonkeyPatch.context() as patch:
-        search = evolve.adapt_temperature
-        patch.setattr(evolve, "adapt_temperature", lambda policy, prm, *rest: scorers.append(prm.model.state_dict()) or search(policy, prm, *rest))
-        evolve.main(evolve.Args(**SHORT | dict(prm_refresh=1, temperature="adaptive", search_every=1, search_prompts=4, search_grid=[0.5, 1.0])))
-    refreshed = out / "iter_01/02_train_prm"
-    fresh = common.load_prm(refreshed / "model", evolve.Args(**SHORT)).model.state_dict()
-    assert (refreshed / "model/model.safetensors").read_bytes() != base and all(torch.equal(scorers[0][name], fresh[name]) for name in fresh)
-    assert evolve.current_prm(out, 2, evolve.Args(prm_refresh=1)) == refreshed / "model"
-    assert evolve.current_prm(out, 1, evolve.Args(prm_refresh=1)) == evolve.Path("runs/toy/02_train_prm/model")
-    drawn = sum(len(rows(refreshed / name)) for name in ("samples.jsonl", "val.jsonl", "rollouts.jsonl"))
-    flags = json.loads((refreshed / "run.json").read_text())["flags"]
-    assert flags["seed"] == common.seed_of(0, "refresh", 1)  # no draw of the first PRM is drawn again
-    assert flags["prompts"] == 32 and len(rows(refreshed / "samples.jsonl")) == 32 * 6
-    assert [m["extra_steps"] for m in rows(out / "metrics.jsonl")] == [0, json.loads((refreshed / "metrics.json").read_text())["steps"], 0] != [0, 0, 0]
-    assert [m["extra_samples"] for m in rows(out / "metrics.jsonl")] == [0, drawn + 2 * 4 * 3, 0]  # and a search: 2 temperatures, 4 prompts, K = 3
-
-
-def test_temperature_per_class_goes_by_the_share_of_right_samples_of_each_prompt(place, monkeypatch):
-    monkeypatch.setattr(evolve, "search_temperature", lambda grid, objective, current: (next(temperatures), [{"temperature": 1.0, "objective": objective(1.0)}]))
-    temperatures = iter([0.9, 0.8, 0.7, 0.6])  # all, then every class that the search's prompts have
-    out = evolve_as("classes", place, temperature="per_class", passes=2.0, interval=1.0, search_every=1, search_prompts=4, search_grid=[1.0])
-    (search,) = rows(out / "temperature.jsonl")
-    names, solved, seen = [name for name in search["choice"] if name != "all"], {}, set()
-    assert search["choice"]["all"] == 0.9 and names and [search["choice"][name] for name in names] == [0.8, 0.7, 0.6][:len(names)]
-    drawn = {}
-    for row in rows(out / "iter_01/search.jsonl"):
-        drawn.setdefault(row["id"], []).append(row)
-    kind_of = {p: "hard" if (s := sum(r["correct"] for r in mine) / len(mine)) < 1 / 3 else "middle" if s < 2 / 3 else "easy" for p, mine in drawn.items()}
-    for name in ("all", *names):  # the objective of a class is Reward-Pass@2 of its own prompts
-        top = [sorted(mine, key=lambda r: -r["reward"])[:2] for p, mine in drawn.items() if name in ("all", kind_of[p])]
-        assert search["curves"][name][0]["objective"] == sum(any(r["correct"] for r in two) for two in top) / len(top)
-    assert set(names) == set(kind_of.values())
-    for row in rows(out / "iter_01/samples.jsonl"):
-        solved.setdefault(row["id"], []).append(row["correct"])
-    for row in rows(out / "iter_02/samples.jsonl"):  # every prompt again
-        share = sum(solved[row["id"]]) / 3
-        seen.add(kind := "hard" if share < 1 / 3 else "middle" if share < 2 / 3 else "easy")
-        assert row["temperature"] == search["choice"].get(kind, 0.9)
-    assert seen & set(names)
-
-
-def test_a_class_is_read_at_all_temperatures_and_one_of_too_few_prompts_gets_no_temperature_of_its_own(place, monkeypatch):
-    def search(right):  # {prompt: verdicts of its two samples at T = 0.5 and at T = 1.0}; of 16 prompts the others are never right
-        drawn = [{"id": f"v{i}", "temperature": T, "correct": bool(c), "reward": 0.5} for k, T in enumerate((0.5, 1.0)) for i in range(16) for c in right.get(i, ((0, 0), (0, 0)))[k]]
-        monkeypatch.setattr(evolve, "append_chunks", lambda *rest: drawn)
-        return evolve.adapt_temperature(None, None, [{"id": f"v{i}"} for i in range(16)], place, 2, {"all": 1.0}, evolve.Args(temperature="per_class", search_grid=[0.5, 1.0], samples=2))
-
-    late = ((0, 0), (1, 1))  # by T = 1.0 alone, which is the current one, this prompt would be easy; by 0.5 alone hard
-    choice, curves = search({0: late, 1: late})
-    assert set(choice) == {"all", "middle", "hard"} and [c["objective"] for c in curves["middle"]] == [0.0, 1.0]
-    choice, curves = search({0: late})
-    assert set(choice) == {"all", "hard"}  # one prompt of 16 is less than an eighth
-    assert [c["objective"] for c in curves["all"]] == [0.0, 1 / 16] and [c["objective"] for c in curves["hard"]] == [0.0, 0.0]
-
-
-def test_the_search_maximises_what_the_objective_says_and_the_aggregate_rules_every_reward(place):
-    out = evolve_as("pass", place, temperature="adaptive", objective="pass_at_k", search_every=1, search_prompts=4, search_grid=[0.5, 1.0], aggregate="mean")
-    (search,), drawn = rows(out / "temperature.jsonl"), rows(out / "iter_01/search.jsonl")
-    for curve, point in zip(search["curves"]["all"], search["curves"]["pass_at_k"]):
-        of = {}
-        for row in drawn:
-            of.setdefault(row["id"], []).append(row["correct"]) if row["temperature"] == curve["temperature"] else None
-        assert curve["objective"] == point["pass_at_k"] == sum(map(any, of.values())) / 4
-    scored = [row for name in ("samples", "val_samples", "search") for row in rows(out / f"iter_01/{name}.jsonl") if row["step_scores"] and row["reward"] > 0]
-    assert len(scored) > 8 and any(len(set(row["step_scores"])) > 1 for row in scored)
-    assert all(row["reward"] == pytest.approx(sum(row["step_scores"]) / len(row["step_scores"]), abs=2e-6) for row in scored)
-
-
-def test_a_variant_with_a_policy_and_prm_from_elsewhere_is_judged_under_its_own_name(place, capsys):
-    shared = dict(policy="runs/toy/01_warmup/model", prm="runs/toy/02_train_prm/model")
-    evolve.main(evolve.Args(runs="runs/variant", **SHORT | shared | {"method": "rest_em"}))
-    assert "next: python 04_eval.py --runs runs/variant" in capsys.readouterr().out
-    evaluate.main(evaluate.Args(runs=["runs/variant"], device="cpu", samples=3, resamples=20, max_new_tokens=60))
-    report = json.loads((place / "runs/variant/04_eval/report.json").read_text())
+def test_a_variant_with_a_policy_and_prm_from_elsewhere_is_judged_under_its_own_name(variant):
+    judge_variant()
+    out = variant / "04_eval"
+    report = json.loads((out / "report.json").read_text())
+    assert list(report) == ["test", "ood", "prm"]
     assert list(report["test"]) == ["base", "warm-up", "evolved"]
-    from_base = evolve.Args(method="sft", policy="data/toy/base")
-    assert list(evaluate.policies_of(place, vars(from_base), "data/toy/base")) == ["base", "evolved"]  # the start policy is the base: judged once
-    assert list(evaluate.policies_of(place, vars(evolve.Args()), "data/toy/base")) == ["base", "warm-up", "M-STaR"]
-    with pytest.raises(common.InputError, match="--aggregate min, so its policy is judged with that"):
-        evaluate.main(evaluate.Args(runs=["runs/variant"], device="cpu", samples=3, resamples=20, max_new_tokens=60, aggregate="mean"))
+    predictions = {path.name: common.read_jsonl(path) for path in out.glob("predictions/*")}
+    assert len(predictions) == 3 * 2 * 2  # policies, splits, greedy and samples
+    for name, figures in report["test"].items():
+        greedy, samples = (
+            predictions[f"{name}_test_{kind}.jsonl"] for kind in ("greedy", "samples")
+        )
+        assert len(greedy) == 6 and len(samples) == 6 * 3
+        assert all("step_scores" in row and "reward" in row for row in greedy + samples)
+        right = sum(row["correct"] for row in greedy)
+        assert figures["greedy"]["mean"] == pytest.approx(right / 6)
+        unparsable = sum(row["answer"] is None for row in samples)
+        assert figures["unparsable"]["mean"] == pytest.approx(unparsable / 18)
+        assert all(f["low"] <= f["mean"] <= f["high"] and f["n"] == 6 for f in figures.values())
+    assert list(report["prm"]["verifier"]) == ["1", "2", "3"]
+    for chart in ("dynamics.png", "prm.png"):
+        assert (out / chart).read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("flags", [
-    dict(method="rest_em", unlabeled="vote", save_every=1), dict(method="iterative_rft", unlabeled="oracle", save_every=1, validate_every=0),
-    dict(temperature="per_class", prm_refresh=1, search_every=1, search_prompts=4, search_grid=[0.5, 1.0], passes=2.0, interval=1.0)])
-def test_every_variant_goes_on_after_an_interruption_at_any_write_as_if_there_had_been_none(place, monkeypatch, flags):
-    made_with = asdict(train_prm.Args(device="cpu", max_new_tokens=60, prompts=32, samples=6, rollouts=2, epochs=1, held_out=0.5, val_samples=3))
-    common.write_json(place / "runs/toy/02_train_prm/run.json", {"flags": made_with})
-    fsync, writes = os.fsync, []
-    monkeypatch.setattr(common.os, "fsync", lambda file: writes.append(file) or fsync(file))
-    whole = contents(evolve_as("whole", place, **flags))
-    stops, total = iter(np.random.default_rng(0).permutation(range(2, len(writes)))[:6].tolist()), len(writes)
-
-    def failing(file):  # as kill -9 would: what this write was for is not finished
-        writes.append(file)
-        if len(writes) == stop:
-            raise KeyboardInterrupt
-        fsync(file)
-
-    monkeypatch.setattr(common.os, "fsync", failing)
-    shutil.copytree(place / "runs/toy", place / "runs/broken", ignore=shutil.ignore_patterns("03_*"))
-    interrupted, stop, done = 0, 0, False
-    while not done:
-        writes.clear()
-        stop = next(stops, 0)
-        try:
-            evolve.main(evolve.Args(runs="runs/broken", **SHORT | flags))
-            done = not stop or len(writes) < stop
-        except KeyboardInterrupt:
-            interrupted += 1
-        while common.LOCKS:
-            common.LOCKS.pop().close()
-    assert total > 8 and interrupted >= 2
-    broken = contents(place / "runs/broken/03_self_evolve")
-    assert broken.keys() == whole.keys() and [name for name in whole if broken[name] != whole[name]] == []
+def test_policies_have_the_names_of_what_they_were_made_by(tmp_path):
+    from_base = vars(evolve.Args(method="sft", policy="data/toy/base"))
+    names = list(evaluate.policies_of(tmp_path, from_base, "data/toy/base"))
+    assert names == ["base", "evolved"]  # the start policy is the base: it is judged once
+    names = list(evaluate.policies_of(tmp_path, vars(evolve.Args()), "data/toy/base"))
+    assert names == ["base", "warm-up", "M-STaR"]
+    elsewhere = vars(evolve.Args(policy="models/mine", k=4))
+    names = list(evaluate.policies_of(tmp_path, elsewhere, "data/toy/base"))
+    assert names == ["base", "start", "evolved"]
 
 
-# ---------------------------------------------------------------- the study
+def test_another_aggregate_than_the_one_that_selected_is_refused(variant):
+    with pytest.raises(common.InputError, match="selected with --aggregate min: give the same"):
+        judge_variant(aggregate="mean")
 
-def test_intervals_over_seeds_and_prompts_are_paired_and_collapse_without_spread():
-    flat = evaluate.crossed_interval(np.ones((3, 5)) * 0.25, 100)
+
+def test_an_evaluation_without_a_run_of_stage_03_says_what_to_run(variant):
+    with pytest.raises(common.InputError, match="holds no run; run 03_self_evolve.py first"):
+        judge_variant(runs="runs/toy")
+    shutil.rmtree(variant / "03_self_evolve/model")  # it has begun, and is not finished
+    with pytest.raises(common.InputError, match="run 03_self_evolve.py first"):
+        judge_variant()
+
+
+def test_a_finished_evaluation_samples_nothing_and_prints_its_report(variant, monkeypatch, capsys):
+    judge_variant()
+    first = capsys.readouterr().out
+    assert "| greedy accuracy |" in first and "| PRM-weighted vote |" in first
+    monkeypatch.setattr(common.Sampler, "look", None)
+    judge_variant()
+    assert capsys.readouterr().out == first
+
+
+def test_an_evaluation_killed_before_its_report_goes_on_with_what_it_predicted(
+    variant, monkeypatch
+):
+    def kill(*rest):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "draw_prm", kill)
+        judge_variant()
+    common.close_runs()
+    out = variant / "04_eval"
+    assert (out / "report.md").exists() and not (out / "report.json").exists()
+    made = {path: path.stat().st_mtime_ns for path in out.glob("predictions/*")}
+    judge_variant()
+    assert (out / "report.json").exists() and (out / "prm.png").exists()
+    assert {path: path.stat().st_mtime_ns for path in out.glob("predictions/*")} == made
+
+
+def test_two_ranks_write_the_report_that_one_writes(variant):
+    image = common.load_examples("data/toy/test.jsonl")[0]["image"]
+    record = {"id": "q", "context": "", "question": "Which?", "choices": ["x", "y"], "answer": "A"}
+    record |= {"domain": "science", "image": "q.png"}
+    published = variant.parent.parent / "data/m3cot"
+    published.mkdir()
+    shutil.copy(image, published / "q.png")
+    common.write_jsonl(published / "test.jsonl", [record])
+    flags = "--runs runs/variant --device cpu --samples 3 --resamples 20 --max_new_tokens 12"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += [str(ROOT / "04_eval.py"), *flags.split(), "--chunk", "2", "--benchmarks", "m3cot"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:2000]
+    assert done.stdout.count("# Evaluation\n") == 1  # one rank speaks
+    two = json.loads((variant / "04_eval/report.json").read_text())
+    assert two["benchmarks"]["m3cot"]["base"]["score"]["n"] == 1
+    shutil.rmtree(variant / "04_eval")
+    judge_variant(chunk=2, benchmarks=["m3cot"])
+    assert json.loads((variant / "04_eval/report.json").read_text()) == two
+
+
+# ---- the study: statistics and tables
+
+
+def test_intervals_over_seeds_and_prompts_collapse_without_spread():
+    flat = study.crossed_interval(np.ones((3, 5)) * 0.25, 100)
     assert (flat["mean"], flat["low"], flat["high"]) == (0.25, 0.25, 0.25)
-    wide = evaluate.crossed_interval(np.array([[0.0] * 50, [1.0] * 50]), 2000)  # all the spread is between the seeds: 0.5 +- t(0.975, 1) x sd / sqrt(2)
-    assert wide["mean"] == 0.5 and wide["low"] == pytest.approx(0.5 - 12.706 * 0.5, rel=0.05) and wide["high"] == pytest.approx(0.5 + 12.706 * 0.5, rel=0.05)
-    skewed = evaluate.crossed_interval(np.array([[8.0], [2.9], [2.9]]), 4000)  # 4.6 +- 4.303 x 2.944 / sqrt(3)
-    assert skewed["low"] == pytest.approx(4.6 - 7.315, abs=0.1) and skewed["high"] == pytest.approx(4.6 + 7.315, abs=0.1)
-    one = evaluate.crossed_interval(np.array([[0.0, 1.0] * 200]), 2000)  # one seed: prompts only, 0.5 +- 1.96 x 0.5 / 20
-    assert one["low"] == pytest.approx(0.451, abs=0.006) and one["high"] == pytest.approx(0.549, abs=0.006)
+
+
+def test_intervals_over_seeds_are_students_t_and_of_one_seed_over_prompts():
+    # all the spread is between the seeds: 0.5 +- t(0.975, 1) x sd / sqrt(2)
+    wide = study.crossed_interval(np.array([[0.0] * 50, [1.0] * 50]), 2000)
+    assert wide["mean"] == 0.5
+    assert wide["low"] == pytest.approx(0.5 - 12.706 * 0.5, rel=0.05)
+    assert wide["high"] == pytest.approx(0.5 + 12.706 * 0.5, rel=0.05)
+    skewed = study.crossed_interval(np.array([[8.0], [2.9], [2.9]]), 4000)
+    half = 4.303 * 2.944 / 3**0.5
+    assert skewed["low"] == pytest.approx(4.6 - half, abs=0.1)
+    assert skewed["high"] == pytest.approx(4.6 + half, abs=0.1)
+    # one seed: prompts only, 0.5 +- 1.96 x 0.5 / 20
+    one = study.crossed_interval(np.array([[0.0, 1.0] * 200]), 2000)
+    assert one["low"] == pytest.approx(0.451, abs=0.006)
+    assert one["high"] == pytest.approx(0.549, abs=0.006)
+
+
+def study_row(name, seed, verdicts, **changed):
+    """A line of rows.jsonl."""
+    row = {"name": name, "seed": seed, "flags": "", "data": {}, "shared_flags": []}
+    row |= {"paper_id": 1.0, "paper_ood": 2.0, "samples": 8, "extra_samples": 5, "steps": 3}
+    row |= {"extra_steps": 2 if name == "A" else 0}
+    return row | {"verdicts": {"test": verdicts, "ood": verdicts}} | changed
+
+
+MADE = [
+    study_row("A", 0, "1100"),
+    study_row("B", 0, "1000"),
+    study_row("A", 1, "1110"),
+    study_row("B", 1, "1100"),
+    study_row("A", 2, "0000"),
+]
 
 
 def test_the_study_table_holds_hand_counted_means_and_paired_differences():
-    made = [{"name": name, "seed": seed, "paper_id": 1.0, "paper_ood": 2.0, "samples": 8, "extra_samples": 5, "steps": 3, "extra_steps": 2 * (name == "A"),
-             "flags": "", "data": {}, "shared_flags": [], "verdicts": {"test": v, "ood": v}} for name, seed, v in (("A", 0, "1100"), ("B", 0, "1000"), ("A", 1, "1110"), ("B", 1, "1100"), ("A", 2, "0000"))]
-    table = evaluate.study_table(made, evaluate.Args(against=["A/B"], resamples=200)).splitlines()
-    assert table[2].startswith("| A | 41.7 [") and "| 3 | 1.0 / 2.0 | 8 + 5 | 3 + 2 |" in table[2] and table[3].startswith("| B | 37.5 [") and "| 8 + 5 | 3 |" in table[3]
-    assert table[-1].startswith("| A - B | +25.0 [") and table[-1].endswith("| 2 |")  # the two seeds that both rows have
-    twins = [{**row, "name": name} for row in made if row["name"] == "A" for name in "AB"]  # the same verdicts: paired, they differ by nothing
-    assert evaluate.study_table(twins, evaluate.Args(against=["A/B"], resamples=200)).endswith("| A - B | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | 3 |")
-    for spoiled, says in (([*made, {**made[0], "seed": 5, "data": {"test": "other"}}], "different data"), ([*made, {**made[0], "seed": 5, "flags": "--k 1"}], "different flags")):
-        with pytest.raises(common.InputError, match=says):
-            evaluate.study_table(spoiled, evaluate.Args(resamples=20))
-    with pytest.raises(common.InputError, match="A/Bee"):
-        evaluate.study_table(made, evaluate.Args(against=["A/Bee"], resamples=20))
+    a, b = study.study_table(MADE, 200).splitlines()[2:]
+    assert a.startswith("| A | 41.7 [") and "| 3 | 1.0 / 2.0 | 8 + 5 | 3 + 2 |" in a
+    assert b.startswith("| B | 37.5 [") and "| 8 + 5 | 3 |" in b
+    line = study.difference_table(MADE, [("A", "B"), ("A", "C")], 200).splitlines()[-1]
+    assert line.startswith("| A - B | +25.0 [") and line.endswith("| 2 |")  # of the seeds of both
+    # the same verdicts: paired, they differ by nothing
+    twins = [{**row, "name": name} for row in MADE if row["name"] == "A" for name in "AB"]
+    line = study.difference_table(twins, [("A", "B")], 200).splitlines()[-1]
+    assert line == "| A - B | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | 3 |"
+
+
+def test_rows_of_other_data_or_flags_are_in_no_table_and_pairs_must_exist():
+    other = study_row("A", 5, "1100", data={"test": "other"})
+    with pytest.raises(common.InputError, match="different data"):
+        study.study_table([*MADE, other], 20)
+    with pytest.raises(common.InputError, match="'A' were made with different flags"):
+        study.study_table([*MADE, study_row("A", 5, "1100", flags="--k 1")], 20)
+    for pair in ("A/Bee", "A", "A/B/C"):
+        with pytest.raises(common.InputError, match=f"found {pair}$"):
+            study.pairs_of([pair], MADE)
+
+
+def test_the_study_document_is_what_the_command_writes_and_its_rows_are_those_of_the_study():
+    measured = common.read_jsonl(ROOT / "tests/study_rows.jsonl")
+    assert (ROOT / "tests/STUDY.md").read_text() == study.document(measured)
+    for row in measured:
+        assert row["flags"] == " ".join((study.ROWS[row["name"]].flags or "").split())
+        assert row["shared_flags"] == ["", ""]
+        assert {split: len(v) for split, v in row["verdicts"].items()} == {"test": 500, "ood": 300}
+
+
+def test_the_study_command_prints_the_tables_and_only_the_pairs_asked_for(
+    tmp_path, monkeypatch, capsys
+):
+    common.write_jsonl(tmp_path / "rows.jsonl", MADE)
+    flags = ["--table", str(tmp_path / "rows.jsonl"), "--against", "B/A", "--resamples", "20"]
+    monkeypatch.setattr(sys, "argv", ["study.py", *flags])
+    study.main()
+    printed = capsys.readouterr().out
+    assert "| A | 41.7 [" in printed and "| B - A | -25.0 [" in printed
+    assert study.study_table(MADE, 20) in printed
+
+
+# ---- several runs
+
+
+def look(folder, verdicts, iteration):
+    """A look at validation; verdicts: per prompt of the greedy response and of K = 2 samples."""
+    prompts = {}
+    for prompt, (greedy, *samples) in verdicts.items():
+        rows = [{"answer": "1", "correct": c, "reward": 0.5 - k} for k, c in enumerate(samples)]
+        prompts[prompt] = {"answer": "1", "correct": greedy}, rows
+    write_look(folder / f"iter_{iteration:02d}", "val", prompts)
+    row = {"iteration": iteration, "temperature": 1.0}
+    return row | {"greedy_accuracy": 0.0, "pass_at_k": 0.0, "reward_pass_at_2": 0.0}
+
+
+def finish(run, looks, model="0", **flags):
+    """A finished run of stage 03 with these looks at validation, a dict per iteration or None."""
+    folder = run / "03_self_evolve"
+    metrics = []
+    for t, verdicts in enumerate(looks):
+        row = look(folder, verdicts, t) if verdicts else {"iteration": t, "temperature": 1.0}
+        metrics.append(row)
+    common.write_jsonl(folder / "metrics.jsonl", metrics)
+    defaults = {"method": "continuous", "passes": 2.0, "interval": 1.0, "samples": 2, "k": 2}
+    origin = {"flags": defaults | flags, "inputs": {"policy": model}}
+    common.write_json(folder / "run.json", origin)
+    return str(run)
+
+
+START = {"p": (0, 0, 0), "q": (0, 1, 1)}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs of a kind, seeds 0 and 1."""
+    first = finish(tmp_path / "a", [START, None, {"p": (1, 1, 0), "q": (1, 0, 1)}], seed=0)
+    second = finish(tmp_path / "b", [START, None, {"p": (1, 1, 1), "q": (0, 0, 0)}], seed=1)
+    return [first, second]
+
+
+def test_several_runs_are_drawn_together_over_the_share_of_training(tmp_path, runs, monkeypatch):
+    path = tmp_path / "a/03_self_evolve/metrics.jsonl"
+    metrics = common.read_jsonl(path)
+    metrics[0]["greedy_accuracy"] = 0.25
+    metrics[1]["temperature"] = 0.5
+    metrics[2]["pass_at_k"] = 0.75
+    common.write_jsonl(path, metrics)
+    drawn = []
+
+    def keep_lines(figure, path, dpi):
+        """What a chart shows, in place of a file."""
+        for axis in figure.axes:
+            drawn.append([line.get_xydata().tolist() for line in axis.get_lines()])
+
+    monkeypatch.setattr(study.Figure, "savefig", keep_lines)
+    study.draw_runs(runs, tmp_path / "compare.png")
+    accuracy, passed, _, temperature = drawn  # a line per run in each; y is percent
+    flat = [[0.0, 0.0], [1.0, 0.0]]
+    assert accuracy == [[[0.0, 25.0], [1.0, 0.0]], flat]
+    assert passed == [[[0.0, 0.0], [1.0, 75.0]], flat]
+    assert temperature[0] == [[0.0, 1.0], [0.5, 0.5], [1.0, 1.0]]
+    assert temperature[1] == [[0.0, 1.0], [0.5, 1.0], [1.0, 1.0]]
+
+
+def test_what_training_changed_is_counted_by_hand_over_the_seeds_of_a_kind(runs):
+    title, _, greedy, passed, rewarded = study.dynamics_table(runs, 50).strip().splitlines()
+    assert title == f"| {runs[0]}, 2 seeds, validation | first look | last look | change |"
+    assert greedy.startswith("| greedy accuracy | 0.0 | 75.0 | +75.0 [")  # 0 of 4, then 3 of 4
+    assert passed.startswith("| Pass@K | 50.0 | 75.0 | +25.0 [")
+    assert rewarded.startswith("| Reward-Pass@2 | 50.0 | 75.0 | +25.0 [")  # of K = 2 all are top
+
+
+def test_kinds_of_runs_are_never_pooled_but_compared_over_the_seeds_of_both(tmp_path, runs):
+    c = finish(tmp_path / "c", [START, None, {"p": (0, 0, 0), "q": (1, 0, 0)}], seed=1, k=1)
+    _, second = study.dynamics_table([*runs, c], 50).strip().split("\n\n")
+    title, _, greedy, passed, _ = second.splitlines()
+    assert title.startswith(f"| {c}, 1 seed, validation |")
+    assert title.endswith(f"| change | less that of {runs[0]}, 1 seed |")
+    assert greedy.startswith("| greedy accuracy | 0.0 | 50.0 | +50.0 [")
+    assert greedy.split("|")[5].startswith(" +0.0 [")  # c gains on q, b of the same seed on p
+    assert passed.startswith("| Pass@K | 50.0 | 0.0 | -50.0 [")
+    assert passed.split("|")[5].startswith(" -50.0 [")
+    # the same flags and seed on another model: another kind
+    other = finish(tmp_path / "g", [START, None, START], model="1", seed=0)
+    kinds, _ = study.kinds_of_runs([*runs, other])
+    assert [(kind.name, list(kind.looks)) for kind in kinds] == [(runs[0], [0, 1]), (other, [0])]
+
+
+def test_runs_that_cannot_be_compared_are_named(tmp_path, runs):
+    once = finish(tmp_path / "once", [START], seed=2)
+    first, *_ = study.dynamics_table([once, *runs], 50).splitlines()
+    assert first == f"{once} looked at the dynamics once only (--validate_every): it is in no table"
+    with pytest.raises(common.InputError, match="d/03_self_evolve holds no run"):
+        study.dynamics_table([*runs, str(tmp_path / "d")], 50)
+    others = {"p": (0, 0, 0), "r": (0, 0, 0)}
+    other_prompts = finish(tmp_path / "e", [others, others], seed=2)
+    other_k = finish(tmp_path / "f", [START, START], seed=2, samples=3)
+    for run in (other_prompts, other_k):
+        with pytest.raises(common.InputError, match="other prompts, or with another K"):
+            study.dynamics_table([*runs, run], 50)
+    with pytest.raises(common.InputError, match="the flags, the seed and the inputs of another"):
+        study.dynamics_table([*runs, runs[0]], 50)
+
+
+def test_the_compare_command_draws_into_the_first_run_and_prints_the_table(
+    tmp_path, runs, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["study.py", "--compare", *runs, "--resamples", "50"])
+    study.main()
+    assert (tmp_path / "a/compare.png").read_bytes()[:4] == b"\x89PNG"
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"wrote {runs[0]}/compare.png")
+    assert study.dynamics_table(runs, 50) in printed
+
+
+# ---- the driver
 
 
 @pytest.fixture
@@ -402,90 +466,81 @@ def drivers(world, tmp_path):
     """A working directory for drivers of a small study: (folder, command, environment)."""
     shutil.copytree(world, tmp_path / "data/toy")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    command = [sys.executable, str(ROOT / "tests/study.py"), "--seeds", "0", "--extra01", "--steps 4 --samples 4",
-               "--extra02", "--prompts 30 --samples 6 --rollouts 2 --epochs 1 --held_out 0.4 --val_samples 4", "--extra", "--passes 1 --interval 0.5 --samples 3 --steps 4"]
-    return tmp_path, command, {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    prm = "--prompts 30 --samples 6 --rollouts 2 --epochs 1 --held_out 0.4 --val_samples 4"
+    command = [sys.executable, str(ROOT / "tests/study.py"), "--seeds", "0"]
+    command += ["--extra01", "--steps 4 --samples 4", "--extra02", prm]
+    command += ["--extra", "--passes 1 --interval 0.5 --samples 3 --steps 4"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    return tmp_path, command, env
 
 
 def test_a_killed_study_goes_on_without_repeating_finished_rows(drivers):
     folder, command, env = drivers
     command += ["--only", "warm-up", "Random-2", "Top-2", "base"]
-    table, evolving = folder / "runs/study/rows.jsonl", folder / "runs/study/seed0/Top-2/03_self_evolve/iter_01"
-    driver = subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
-    while not evolving.exists():
+    table, seed = folder / "runs/study/rows.jsonl", folder / "runs/study/seed0"
+    quiet = {"stdout": subprocess.DEVNULL, "start_new_session": True}
+    driver = subprocess.Popen(command, cwd=folder, env=env, **quiet)
+    while not (seed / "Top-2/03_self_evolve/iter_01").exists():
         assert driver.poll() is None
         time.sleep(0.02)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
-    first, finished = rows(table), [folder / "runs/study/seed0" / name for name in ("02_train_prm/metrics.json", "Random-2/03_self_evolve/model/model.safetensors")]
+    first = common.read_jsonl(table)
+    assert [row["name"] for row in first] == ["warm-up", "Random-2"]
+    finished = [seed / "02_train_prm/metrics.json"]
+    finished.append(seed / "Random-2/03_self_evolve/model/model.safetensors")
     made = [path.stat().st_mtime_ns for path in finished]
-    assert [r["name"] for r in first] == ["warm-up", "Random-2"]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [r["name"] for r in rows(table)] == ["base", "warm-up", "Random-2", "Top-2"] and rows(table)[1:3] == first  # in the order of the paper's tables
-    assert [path.stat().st_mtime_ns for path in finished] == made
-    assert all(len(r["verdicts"]["test"]) == 6 and len(r["verdicts"]["ood"]) == 4 for r in rows(table)) and rows(table)[3]["samples"] == 32 * 3
-    other = subprocess.run([c.replace("--steps 4", "--steps 5") for c in command], cwd=folder, env=env, capture_output=True, text=True)
-    assert other.returncode and "made with" in other.stderr and len(rows(table)) == 4
+    rows = common.read_jsonl(table)
+    # in the order of the paper's tables
+    assert [row["name"] for row in rows] == ["base", "warm-up", "Random-2", "Top-2"]
+    assert rows[1:3] == first and [path.stat().st_mtime_ns for path in finished] == made
+    for row in rows:
+        assert {split: len(v) for split, v in row["verdicts"].items()} == {"test": 6, "ood": 4}
+    assert rows[3]["samples"] == 32 * 3
+    changed = [text.replace("--steps 4", "--steps 5") for text in command]
+    other = subprocess.run(changed, cwd=folder, env=env, capture_output=True, text=True)
+    assert other.returncode and "made with" in other.stderr
+    assert common.read_jsonl(table) == rows
 
 
 def test_two_drivers_share_a_study_and_a_refused_row_stops_no_other(drivers):
     folder, command, env = drivers
     command += ["--only", "PRM > alpha", "Random-2", "warm-up", "base"]
-    command[command.index("--extra") + 1] += " --alpha 1.0"  # no reward is above it, so that row has nothing to train on
-    both = [subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    # no reward is above 1, so that row has nothing to train on
+    command[command.index("--extra") + 1] += " --alpha 1.0"
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, cwd=folder, env=env, **pipes) for _ in range(2)]
     errors = [driver.communicate()[1] for driver in both]
-    assert sorted(r["name"] for r in rows(folder / "runs/study/rows.jsonl")) == ["Random-2", "base", "warm-up"]
-    assert all(driver.returncode for driver in both) and all("refused, or still with another driver" in error and "'PRM > alpha', 0" in error for error in errors)
-    assert any("--select threshold keeps none" in error for error in errors)
+    rows = common.read_jsonl(folder / "runs/study/rows.jsonl")
+    assert sorted(row["name"] for row in rows) == ["Random-2", "base", "warm-up"], errors
+    for driver, error in zip(both, errors):
+        assert driver.returncode and "refused, or still with another driver" in error
+        assert "'PRM > alpha', 0" in error
+    assert any("error: PRM > alpha, seed 0: " in error for error in errors)
+
+
+def test_a_row_is_judged_anew_where_its_prompts_are_others(world, tmp_path, monkeypatch):
+    shutil.copytree(world, tmp_path / "data/toy")
+    monkeypatch.chdir(tmp_path)
+    args = evolve.Args(runs="runs/row", device="cpu", max_new_tokens=8)
+    first = study.greedy_verdicts("data/toy/base", args)
+    assert {split: len(verdicts) for split, verdicts in first.items()} == {"test": 6, "ood": 4}
+    assert study.greedy_verdicts("data/toy/base", args) == first
+    shutil.copy("data/toy/val.jsonl", "data/toy/test.jsonl")
+    with pytest.raises(common.InputError, match="made with other settings: input test was"):
+        study.greedy_verdicts("data/toy/base", args)
 
 
 def test_study_rows_name_flags_that_stage_03_knows():
-    parser = common.HfArgumentParser(evolve.Args)
-    for name, (_, _, flags) in study.ROWS.items():
-        if flags is not None:
-            assert evolve.check_flags(parser.parse_args_into_dataclasses(flags.split())[0]) >= 1, name
+    for name, row in study.ROWS.items():
+        if row.flags is not None:
+            args = study.parsed("03_self_evolve", row.flags.split())
+            assert evolve.check_flags(args) >= 1, name
     assert len({study.folder_of(name) for name in study.ROWS}) == len(study.ROWS)
 
 
-def test_a_pass_shows_every_prompt_once_and_no_iteration_shows_one_twice():
-    examples, hidden = [{"id": i} for i in range(7)], [{"id": 100 + i} for i in range(7)]
-    seen = [[e["id"] for e in evolve.choose_prompts(examples, [], t, 6, evolve.Args(interval=1 / 3))] for t in range(1, 7)]
-    assert [len(ids) for ids in seen] == [2, 2, 3, 2, 2, 3] and sorted(sum(seen[:3], [])) == sorted(sum(seen[3:], [])) == list(range(7))
-    args = evolve.Args(interval=1 / 3, unlabeled="vote", mixin=0.5)
-    halves = [[e["id"] >= 100 for e in evolve.choose_prompts(examples, hidden, t, 6, args)] for t in range(1, 7)]
-    assert [len(h) for h in halves] == [2, 2, 3, 2, 2, 3] and [sum(h) for h in halves] == [0, 0, 0, 1, 1, 1]
-    args, labelled = evolve.Args(interval=0.5, unlabeled="vote"), [{"id": i} for i in range(12)]
-    mixed = [[e["id"] for e in evolve.choose_prompts(labelled, hidden, t, 8, args)] for t in range(1, 9)]  # 3 of 7 unlabelled ones in each
-    assert all(len(set(ids)) == len(ids) == 6 and sum(i >= 100 for i in ids) == 3 for ids in mixed) and len({i for ids in mixed for i in ids if i >= 100}) == 7
-    with pytest.raises(common.InputError, match="holds 2 prompts, fewer than the 3"):
-        evolve.choose_prompts(labelled, hidden[:2], 1, 8, args)
-
-
-@pytest.mark.parametrize("flags, says", [
-    ({"temperature": "0"}, "above 0"), ({"temperature": "nan"}, "above 0"), ({"temperature": "-1"}, "above 0"), ({"temperature": "warm"}, "above 0"),
-    ({"unlabeled": "vote", "mixin": 0.3}, "whole number"), ({"unlabeled": "vote", "mixin": 1.0}, "below 1"), ({"mixin": 0.5}, "--unlabeled"),
-    ({"validate_every": -1}, "--validate_every"), ({"interval": 0.0}, "--interval"), ({"interval": 0.3}, "whole number"), ({"passes": 1.1}, "multiple"), ({"search_grid": [0.0, 1.0]}, "--search_grid"),
-    ({"search_grid": [1.0, 1.0]}, "--search_grid"), ({"method": "sft", "gold_response": "Answer"}, "--gold_response"), ({"prm_refresh": 8}, "no PRM"),
-    ({"vote_weights": "equal"}, "--unlabeled vote"), ({"interval": 1.0}, "no search in 2"), ({"temperature": "per_class", "search_every": 8}, "no search in 8"),
-    ({"temperature": "1.0", "objective": "pass_at_k"}, "nothing is searched"), ({"temperature": "per_class", "passes": 1.0}, "earlier pass"), ({"method": "sft", "prm_refresh": 1}, "sft")])
-def test_flags_that_cannot_be_meant_are_refused(flags, says):
-    with pytest.raises(common.InputError, match=says):
-        evolve.check_flags(evolve.Args(**flags))
-
-
-def test_looking_less_often_changes_no_sample_and_no_weight(place):
-    often, seldom = evolve_as("often", place), evolve_as("seldom", place, validate_every=0)
-    for name in ("model/model.safetensors", "iter_01/samples.jsonl", "iter_02/selected.jsonl", "iter_02/val_samples.jsonl"):
-        assert (often / name).read_bytes() == (seldom / name).read_bytes(), name
-    assert ["pass_at_k" in m for m in rows(often / "metrics.jsonl")] == [True, True, True]
-    assert ["pass_at_k" in m for m in rows(seldom / "metrics.jsonl")] == [False, False, True]
-
-
-def test_the_readme_shows_what_its_study_command_prints_and_every_row_is_one_of_the_study():
-    measured, readme = common.read_jsonl(ROOT / "tests/study_rows.jsonl"), (ROOT / "README.md").read_text().splitlines()
-    section = readme[next(i for i, line in enumerate(readme) if line.startswith("## The study")):readme.index("## I have a GPU")]
-    assert [line for line in section if line.startswith("|")] == [line for line in evaluate.study_table(measured, evaluate.Args()).splitlines() if line]
-    for row in measured:
-        assert row["flags"] == " ".join((study.ROWS[row["name"]][2] or "").split()) and row["shared_flags"] == ["", ""]
-        assert {split: len(verdicts) for split, verdicts in row["verdicts"].items()} == {"test": 500, "ood": 300}
+def test_the_study_compares_rows_that_it_has():
+    named = {name for pair in study.AGAINST for name in pair}
+    assert named <= set(study.ROWS) and len(set(study.AGAINST)) == len(study.AGAINST)

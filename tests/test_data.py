@@ -1,0 +1,161 @@
+"""Data files: images, answer types and links, each refused with its line; at scale."""
+
+import io
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import common
+
+
+def picture() -> bytes:
+    """A small PNG file."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 24), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def put(folder, count):
+    """A data file of `count` records, an image file to each."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "images/0.png").write_bytes(picture())
+    for i in range(1, count):
+        os.link(folder / "images/0.png", folder / f"images/{i}.png")
+    same = {"question": "q", "answer": "7", "source": "s"}
+    rows = [{"id": str(i), "image": f"images/{i}.png", **same} for i in range(count)]
+    common.write_jsonl(folder / "d.jsonl", rows)
+    return folder / "d.jsonl"
+
+
+# ---- images
+
+
+def cut(path):
+    """Put a file in place of another that has its header and no more."""
+    path.unlink()
+    path.write_bytes(picture()[:60])
+
+
+def test_of_many_images_a_sample_is_read_the_others_are_looked_for_and_read_when_used(tmp_path):
+    path = put(tmp_path, 4100)  # more than 4,096: every second one is read
+    cut(tmp_path / "images/1.png")
+    examples = common.load_examples(path)
+    with pytest.raises(common.InputError, match="d.jsonl line 2: image .*1.png cannot be read"):
+        common.read_image(examples[1])
+    assert common.read_image(examples[0]).size == (24, 24)
+    cut(tmp_path / "images/2.png")
+    with pytest.raises(common.InputError, match="d.jsonl line 3: image .*2.png cannot be read"):
+        common.load_examples(path)
+    for name, line in (("2.png", 3), ("1.png", 2)):
+        (tmp_path / "images" / name).unlink()
+        with pytest.raises(common.InputError, match=f"line {line}: image .*{name} does not exist"):
+            common.load_examples(path)
+
+
+def test_of_few_images_every_one_is_read(tmp_path):
+    path = put(tmp_path, 3)
+    for i in range(3):
+        whole = tmp_path / f"images/{i}.png"
+        cut(whole)
+        with pytest.raises(common.InputError, match=f"d.jsonl line {i + 1}: .* cannot be read"):
+            common.load_examples(path)
+        whole.write_bytes(picture())
+
+
+def test_a_jpeg_that_was_cut_is_refused_and_the_sentence_says_what_to_do(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.effect_noise((200, 200), 50).convert("RGB").save(path)
+    example = {"image": str(path), "where": "d.jsonl line 1"}
+    assert common.read_image(example).size == (200, 200)
+    path.write_bytes(path.read_bytes()[:-2000])
+    message = "d.jsonl line 1: image .*a.jpg cannot be read .* put a whole file"
+    with pytest.raises(common.InputError, match=message):
+        common.read_image(example)
+
+
+def pixels_of(image, folder):
+    """The first row of an image after it was saved and read."""
+    image.save(folder / "a.png")
+    read = common.read_image({"image": str(folder / "a.png"), "where": "line 1"})
+    assert read.mode == "RGB"
+    return [read.getpixel((x, 0)) for x in range(read.width)]
+
+
+def test_what_is_transparent_becomes_white(tmp_path):
+    drawing = Image.new("RGBA", (3, 1), (0, 0, 0, 0))  # nothing, a black stroke, half of a red one
+    drawing.putpixel((1, 0), (0, 0, 0, 255))
+    drawing.putpixel((2, 0), (255, 0, 0, 128))
+    assert pixels_of(drawing, tmp_path) == [(255, 255, 255), (0, 0, 0), (255, 127, 127)]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    palette.info["transparency"] = 0
+    assert pixels_of(palette, tmp_path) == [(255, 255, 255), (40, 50, 60)]
+
+
+def test_grey_of_16_bits_keeps_its_shades_and_plain_images_their_colours(tmp_path):
+    deep = Image.fromarray(np.array([[0, 40092, 65535]], dtype=np.uint16))  # 40092 = 156 x 257
+    assert pixels_of(deep, tmp_path) == [(0, 0, 0), (156, 156, 156), (255, 255, 255)]
+    assert pixels_of(Image.new("RGB", (1, 1), (1, 2, 3)), tmp_path) == [(1, 2, 3)]
+    assert pixels_of(Image.new("L", (1, 1), 9), tmp_path) == [(9, 9, 9)]
+
+
+# ---- records
+
+
+def test_a_link_in_the_data_folder_may_lead_out_of_it_a_record_may_not(tmp_path):
+    store, data = put(tmp_path / "store", 2), tmp_path / "data"
+    data.mkdir()
+    (data / "images").symlink_to(tmp_path / "store/images")
+    shutil.copy(store, data / "d.jsonl")
+    assert len(common.load_examples(data / "d.jsonl")) == 2
+    for image in ("images/../../store/images/0.png", str(tmp_path / "store/images/0.png")):
+        row = {**common.read_jsonl(store)[0], "image": image}
+        common.write_jsonl(data / "d.jsonl", [row])
+        with pytest.raises(common.InputError, match="d.jsonl line 1: .* leaves the data folder"):
+            common.load_examples(data / "d.jsonl")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"answer_type": "number"}, '"answer_type" must be one of'),
+        ({"answer_type": "float", "precision": 1.5}, '"precision" must be a count'),
+        ({"answer_type": "float", "precision": -1}, '"precision" must be a count'),
+        ({"answer_type": "integer", "answer": "x"}, "the answer 'x' .* not of its type"),
+        ({"answer_type": "list", "answer": "[1, a]"}, "the answer .* not of its type"),
+        ({"answer_type": "letter", "answer": "cat"}, "the answer 'cat' .* not of its type"),
+        ({"choices": ["8", "9"]}, "the answer '7' is none of the choices"),
+        ({"choices": ["7"]}, '"choices" must be a list of 2 to 10 texts'),
+        ({"answer": " "}, 'field "answer" must be a text that is not empty'),
+    ],
+)
+def test_an_answer_that_does_not_fit_its_record_is_refused_with_its_line(tmp_path, fields, message):
+    path = put(tmp_path, 2)
+    rows = common.read_jsonl(path)
+    common.write_jsonl(path, [rows[0], {**rows[1], **fields}])
+    with pytest.raises(common.InputError, match=f"d.jsonl line 2: .*{message}"):
+        common.load_examples(path)
+
+
+@pytest.mark.parametrize(
+    "answer, fields, form",
+    [
+        ("(B)", {"choices": ["9", "12"]}, "B"),
+        ("12", {"choices": ["9", "12"]}, "B"),
+        ("A and B", {"choices": ["9", "12"]}, None),
+        ("7.0", {"answer_type": "integer"}, "7"),
+        ("3.14159", {"answer_type": "float", "precision": 2}, "3.14"),
+        ("[1, 2.0]", {"answer_type": "list"}, "[1, 2]"),
+        ("(c)", {"answer_type": "letter"}, "C"),
+        ("seven", {"answer_type": "integer"}, None),
+        ("Dark  Blue", {}, "dark blue"),
+        (None, {}, None),
+    ],
+)
+def test_an_answer_is_read_as_its_record_says(answer, fields, form):
+    example = {"question": "q", "choices": None, **fields}
+    assert common.canonical(answer, example) == form
