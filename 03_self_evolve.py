@@ -55,6 +55,7 @@ from common import (
     distinct,
     epoch_batches,
     flag,
+    is_there,
     learning_rate,
     load_examples,
     once,
@@ -492,7 +493,7 @@ def main(args: Args) -> None:
     if args.unlabeled != "none":
         inputs["unlabeled"] = args.unlabeled_data
     out = open_run(args, "03_self_evolve", inputs)
-    if (out / "model").exists():
+    if is_there(out / "model"):
         return report(out, args)
     examples, val, unlabeled = load_examples(args.data), load_examples(args.val), []
     if args.unlabeled != "none":
@@ -536,7 +537,7 @@ def main(args: Args) -> None:
     if rank() == 0:
         shutil.rmtree(out / f"iter_{iterations:02d}" / "training", ignore_errors=True)
         os.replace(policy_after(iterations, start, out), out / "model")
-    return report(out, args)
+        report(out, args)
 
 
 def report(out: Path, args: Args) -> None:

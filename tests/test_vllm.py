@@ -230,7 +230,7 @@ def test_a_whole_iteration_runs_on_vllm_and_a_killed_one_leaves_no_engine(world,
 
     done = subprocess.run(command, capture_output=True, **settings)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count(STARTED) == 2  # one engine before the training, one after
+    assert done.stdout.count(STARTED) == 3  # for the look before, the samples, the look after
     _, end = common.read_jsonl(out / "metrics.jsonl")
     samples = common.read_jsonl(out / "iter_01/samples.jsonl")
     assert end["selected"] > 0
