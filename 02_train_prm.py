@@ -28,7 +28,8 @@ Departures from the paper:
 import time
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -101,11 +102,11 @@ class Args(ScoringArgs):
 # ---- sample, cut, roll out, label
 
 
-def mark_ids(tokenizer, good: str, bad: str) -> tuple[int, int]:
+def mark_ids(tokenizer, good, bad) -> tuple[int, int]:
     """Ids of the mark tokens; raises InputError for a text that is not one token, or two alike."""
     ids = [tokenizer.encode(mark, add_special_tokens=False) for mark in (good, bad)]
-    single = all(len(mark) == 1 and mark[0] != tokenizer.unk_token_id for mark in ids)
-    if not single or ids[0] == ids[1]:
+    single = {mark[0] for mark in ids if len(mark) == 1} - {tokenizer.unk_token_id}
+    if len(single) < 2:
         raise InputError(
             f"--good {good!r} and --bad {bad!r} must each be one token of the vocabulary, "
             f"and not the same; they are {ids}"
@@ -113,7 +114,7 @@ def mark_ids(tokenizer, good: str, bad: str) -> tuple[int, int]:
     return ids[0][0], ids[1][0]
 
 
-def mixed_responses(rows) -> list[list[dict]]:
+def mixed_responses(rows):
     """Per prompt that has right and wrong samples, its distinct finished responses.
 
     >>> rows = [{"id": p, "token_ids": [t], "correct": c, "finished": True}
@@ -126,7 +127,7 @@ def mixed_responses(rows) -> list[list[dict]]:
             yield [row for row in distinct(samples) if row["finished"]]
 
 
-def step_prefixes(responses: list[dict], tokenizer) -> list[dict]:
+def step_prefixes(responses, tokenizer) -> list[dict]:
     """A prompt's distinct proper step prefixes; a whole response is judged by the answer check."""
     prefixes = {}
     for row in responses:
@@ -136,27 +137,19 @@ def step_prefixes(responses: list[dict], tokenizer) -> list[dict]:
     return list(prefixes.values())
 
 
-def right_rollouts(rollouts: list[dict]) -> Counter:
-    """How many completions of each prefix of a prompt are right."""
-    right: Counter = Counter()
-    for row in rollouts:
-        right[tuple(row["token_ids"][: row["prefix_length"]])] += row["correct"]
-    return right
-
-
-def label_steps(row: dict, right: Counter, n: int, tokenizer) -> dict:
+def label_steps(row, right: Counter, n, tokenizer) -> dict:
     """One response with its steps: where each ends, its text, its soft and its hard label.
 
-    soft = right completions / n; hard = 1 if any is right (Math-Shepherd). The last step is judged
-    by the answer check of the response.
+    right: how many completions of each prefix are right. soft = right completions / n; hard = 1 if
+    any is right (Math-Shepherd). The last step is judged by the answer check of the response.
     """
-    ids, ends = row["token_ids"], step_ends(row["token_ids"], tokenizer)
-    starts = [0, *ends][:-1]
+    ids = row["token_ids"]
+    ends = step_ends(ids, tokenizer)
     shares = [right[tuple(ids[:end])] / n for end in ends[:-1]] + [float(row["correct"])]
     return {
         "id": row["id"],
         "sample": row["sample"],
-        "steps": [tokenizer.decode(ids[a:b]).strip() for a, b in zip(starts, ends)],
+        "steps": [tokenizer.decode(ids[a:b]).strip() for a, b in zip([0, *ends], ends)],
         "soft": shares,
         "hard": [float(share > 0) for share in shares],
         "ends": ends,
@@ -164,15 +157,13 @@ def label_steps(row: dict, right: Counter, n: int, tokenizer) -> dict:
     }
 
 
-def labelled_responses(samples, rollouts, n: int, tokenizer, held: set):
-    """Rows of steps.jsonl; the prompts of both files stand in one order, some without rollouts."""
-    completed = by_prompt(rollouts)
-    prompt, group = next(completed)
+def labelled_responses(samples, rollouts, n, tokenizer, held):
+    """Rows of steps.jsonl; the rollouts are n per prefix, in the order of the prefixes."""
+    rollouts = iter(rollouts)
     for responses in mixed_responses(samples):
-        right: Counter = Counter()
-        if responses and responses[0]["id"] == prompt:
-            right = right_rollouts(group)
-            prompt, group = next(completed, (None, []))
+        own = islice(rollouts, n * len(step_prefixes(responses, tokenizer)))
+        own = [row for row in own if row["correct"]]
+        right = Counter(tuple(row["token_ids"][: row["prefix_length"]]) for row in own)
         for row in responses:
             if step_ends(row["token_ids"], tokenizer):
                 yield label_steps(row, right, n, tokenizer) | {"held_out": row["id"] in held}
@@ -181,13 +172,13 @@ def labelled_responses(samples, rollouts, n: int, tokenizer, held: set):
 # ---- train
 
 
-def prm_loss(prm, examples, rows: list[dict], labels: str, args) -> tuple[torch.Tensor, int]:
+def prm_loss(prm, examples, rows, labels, args) -> tuple[torch.Tensor, int]:
     """Summed binary cross-entropy at the end of every step of the rows, and the number of steps."""
     prompts = encode_prompts(prm, examples, args)
     batch = append_tokens(prompts, [row["token_ids"] for row in rows], prm.pad_id)  # (B, L + W)
+    ends = [row["ends"] for row in rows]
     width = prompts["input_ids"].shape[1]
-    inputs = batch | {"use_cache": False}
-    logits = step_logits(prm, inputs, [row["ends"] for row in rows], width)  # (S,)
+    logits = step_logits(prm, batch | {"use_cache": False}, ends, width)  # (S,)
     wanted = torch.tensor([y for row in rows for y in row[labels]], device=logits.device)  # (S,)
     return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum"), len(wanted)
 
@@ -195,12 +186,12 @@ def prm_loss(prm, examples, rows: list[dict], labels: str, args) -> tuple[torch.
 # ---- judge
 
 
-def auc(positive: list, scores: list[float]) -> float | None:
+def auc(positive, scores) -> float | None:
     """ROC AUC; None if all are positive or none is."""
     return float(roc_auc_score(positive, scores)) if len(set(positive)) == 2 else None
 
 
-def step_report(rows: list[dict]) -> dict:
+def step_report(rows):
     """How the PRM does on held-out step labels; rows: {"soft", "hard", "score"}.
 
     step_auc: chance that a step from which most completions are right outscores one from which most
@@ -208,65 +199,64 @@ def step_report(rows: list[dict]) -> dict:
     range; their weighted distance is calibration_error.
     """
     good = [row["soft"] >= 0.5 for row in rows]
-    score = [row["score"] for row in rows]
-    table, error = [], 0.0
+    scores = [row["score"] for row in rows]
+    table = []
+    error = 0.0
     for tenth in range(10):
         inside = [row for row in rows if min(int(row["score"] * 10), 9) == tenth]
         if inside:
             n = len(inside)
-            mean = {key: sum(row[key] for row in inside) / n for key in ("score", "soft")}
-            table.append({key: round(value, 3) for key, value in mean.items()} | {"steps": n})
-            error += abs(mean["score"] - mean["soft"]) * n / len(rows)
+            score, soft = (sum(row[key] for row in inside) / n for key in ("score", "soft"))
+            table.append({"score": round(score, 3), "soft": round(soft, 3), "steps": n})
+            error += abs(score - soft) * n / len(rows)
     return {
         "steps": len(rows),
         "share_good": sum(good) / max(len(rows), 1),
-        "step_auc": auc(good, score),
-        "step_auc_hard": auc([row["hard"] > 0 for row in rows], score),
+        "step_auc": auc(good, scores),
+        "step_auc_hard": auc([row["hard"] > 0 for row in rows], scores),
         "calibration_error": error,
         "calibration": table,
     }
 
 
-def chain_report(rows, by_id: dict, checker) -> dict:
+def chain_report(rows, by_id, checker):
     """How often R_p ranks a right chain above a wrong one with the same right answer to a prompt.
 
     Ties count half. Prompts that the checker cannot judge (it returns None) are left out.
     """
-    found: Counter = Counter()
+    judged = 0
+    sound = 0
+    wins = []  # 1 of a pair that is ranked as it should be, 0.5 of a tie
     for prompt, samples in by_prompt(rows):
-        rewards: dict = {True: [], False: []}
+        rewards = {True: [], False: [], None: []}
         for row in distinct(samples):
-            verdict = checker(row["response"], by_id[prompt]) if row["correct"] else None
-            if verdict is not None:
-                rewards[verdict].append(row["reward"])
+            if row["correct"]:
+                rewards[checker(row["response"], by_id[prompt])].append(row["reward"])
         right, wrong = rewards[True], rewards[False]
-        found["judged"] += len(right) + len(wrong)
-        found["right"] += len(right)
-        found["pairs"] += len(right) * len(wrong)
-        found["wins"] += sum((r > w) + 0.5 * (r == w) for r in right for w in wrong)
-    pairs = found["pairs"]
+        judged += len(right) + len(wrong)
+        sound += len(right)
+        wins += [(r > w) + 0.5 * (r == w) for r in right for w in wrong]
     return {
-        "right_answers_judged": found["judged"],
-        "of_them_right_chains": found["right"],
-        "pairs": pairs,
-        "right_chain_above_wrong_chain": found["wins"] / pairs if pairs else None,
+        "right_answers_judged": judged,
+        "of_them_right_chains": sound,
+        "pairs": len(wins),
+        "right_chain_above_wrong_chain": sum(wins) / len(wins) if wins else None,
     }
 
 
-def judge(out: Path, by_id: dict, checker) -> dict:
+def judge(out, by_id, checker):
     """The figures of the labels and of the PRM, from the files of the phases."""
-    soft, hard, prompts, measured = [], [], set(), []
-    for row in stream_jsonl(out / "steps.jsonl"):
-        prompts.add(row["id"])
-        soft += row["soft"]
-        hard += row["hard"]
+    rows = Lines(out / "steps.jsonl")
+    soft = [share for row in rows for share in row["soft"]]
+    hard = [any_right for row in rows for any_right in row["hard"]]
+    measured = []
     for row in stream_jsonl(out / "held_out.jsonl"):
-        for label, any_right, score in zip(row["soft"], row["hard"], row["scores"]):
-            measured.append({"soft": label, "hard": any_right, "score": score})
+        for step in zip(row["soft"], row["hard"], row["scores"]):
+            measured.append(dict(zip(("soft", "hard", "score"), step)))
     val = [(row["correct"], row["reward"]) for row in stream_jsonl(out / "val_samples.jsonl")]
     return {
-        "mixed_prompts": len(prompts),
-        "responses": len(Lines(out / "steps.jsonl")),
+        "mixed_prompts": len({row["id"] for row in rows}),
+        "responses": len(rows),
         "prefixes": len(Lines(out / "prefixes.jsonl")),
         "step_labels": len(soft),
         "mean_soft": sum(soft) / len(soft),
@@ -280,9 +270,10 @@ def judge(out: Path, by_id: dict, checker) -> dict:
 # ---- the stage
 
 
-def make_prm(out: Path, policy, args: Args) -> None:
+def make_prm(out, policy, args):
     """The phases of the stage, in folder `out`: sample, cut, roll out, label, train, judge."""
-    clock, checker = time.time(), load_checker(args.chain_checker)
+    clock = time.time()
+    checker = load_checker(args.chain_checker)
     examples, val = load_examples(args.data)[: args.prompts], load_examples(args.val)
     by_id = by_id_of(examples, val)
     held = {example["id"] for example in examples[: int(len(examples) * args.held_out)]}
@@ -299,48 +290,49 @@ def make_prm(out: Path, policy, args: Args) -> None:
     with Sampler(policy, args) as sampler:
         sampler.sample(out / "samples.jsonl", examples, args.samples, args.temperature, "prm")
         once(out / "prefixes.jsonl", partial(cut, out, tokenizer))
-        begun = [by_id[row["id"]] for row in stream_jsonl(out / "prefixes.jsonl")]
-        drawn = (args.rollouts, args.rollout_temperature, "rollout")
         prefixes = Lines(out / "prefixes.jsonl", "prefix")
-        sampler.sample(out / "rollouts.jsonl", begun, *drawn, prefixes=prefixes)
+        begun = [by_id[row["id"]] for row in stream_jsonl(out / "prefixes.jsonl")]
+        n, heat = args.rollouts, args.rollout_temperature
+        sampler.sample(out / "rollouts.jsonl", begun, n, heat, "rollout", prefixes=prefixes)
     once(out / "steps.jsonl", partial(label, out, tokenizer, held, args.rollouts))
 
     # Train: the PRM f starts from the policy
     rows = Lines(out / "steps.jsonl")
-    fit = [i for i in range(len(rows)) if rows[i]["id"] not in held]
+    fit = [i for i, row in enumerate(rows) if not row["held_out"]]
     steps = -(-len(fit) // args.batch_size) * args.epochs
     order = epoch_batches(len(fit), args.batch_size, steps, args.seed, "prm")
     batches = [[fit[i] for i in batch] for batch in order]
 
-    def loss_of(prm, part: list[dict]):
+    def loss_of(prm, part):
         """The PRM's loss of a few labelled responses."""
         return prm_loss(prm, [by_id[row["id"]] for row in part], part, args.labels, args)
 
-    def count_of(row: dict) -> int:
+    def count_of(row):
         """The labelled steps of a response."""
         return len(row["ends"])
 
-    folders = (out / "model", policy, out / "training")
-    data = (batches, rows, loss_of, count_of)
-    progress = train(*folders, *data, args, "02 train", marks=marks)
-    drop_states(out / "training")
+    model, work = out / "model", out / "training"
+    progress = train(
+        model, policy, work, batches, rows, loss_of, count_of, args, "02 train", marks=marks
+    )
+    drop_states(work)
 
     # Judge, on prompts it was not trained on
-    score_held_out(out, [i for i in range(len(rows)) if rows[i]["id"] in held], by_id, args)
-    with Sampler(policy, args, prm=out / "model") as sampler:
-        drawn = (args.val_samples, args.temperature, "prm-val")
-        sampler.sample(out / "val_samples.jsonl", val, *drawn)
-    spent = {"steps": progress["batch"], "mean_loss": progress["loss"] / len(batches)}
+    score_held_out(out, rows, by_id, args)
+    with Sampler(policy, args, prm=model) as sampler:
+        path = out / "val_samples.jsonl"
+        sampler.sample(path, val, args.val_samples, args.temperature, "prm-val")
 
-    def report(part: Path) -> None:
+    def report(part):
         """Every figure, and the seconds since this start."""
-        figures = {"prompts": len(examples)} | judge(out, by_id, checker) | spent
-        write_json(part, figures | {"seconds": round(time.time() - clock, 1)})
+        spent = {"steps": progress["batch"], "mean_loss": progress["loss"] / len(batches)}
+        spent["seconds"] = round(time.time() - clock, 1)
+        write_json(part, {"prompts": len(examples)} | judge(out, by_id, checker) | spent)
 
     once(out / "metrics.json", report)
 
 
-def cut(out: Path, tokenizer, part: Path) -> None:
+def cut(out, tokenizer, part):
     """Phase: the distinct step prefixes of the mixed prompts."""
     groups = mixed_responses(stream_jsonl(out / "samples.jsonl"))
     write_jsonl(part, (row for group in groups for row in step_prefixes(group, tokenizer)))
@@ -351,38 +343,37 @@ def cut(out: Path, tokenizer, part: Path) -> None:
         )
 
 
-def label(out: Path, tokenizer, held: set, n: int, part: Path) -> None:
+def label(out, tokenizer, held, n, part):
     """Phase: the steps of the mixed prompts' responses, with their labels."""
-    samples, rollouts = (stream_jsonl(out / name) for name in ("samples.jsonl", "rollouts.jsonl"))
+    samples = stream_jsonl(out / "samples.jsonl")
+    rollouts = stream_jsonl(out / "rollouts.jsonl")
     write_jsonl(part, labelled_responses(samples, rollouts, n, tokenizer, held))
 
 
-def score_held_out(out: Path, places: list[int], by_id: dict, args: Args) -> None:
-    """Phase: the PRM's scores of the steps of held-out responses."""
-    rows, loaded = Lines(out / "steps.jsonl"), []
+def score_held_out(out, rows, by_id, args):
+    """Phase: the PRM's scores of the steps of held-out responses; rows: of steps.jsonl."""
+    held = [i for i, row in enumerate(rows) if row["held_out"]]
+    prm = cache(partial(load_prm, out / "model", args))  # loaded when first called
 
-    def produce(chunk: list[int]) -> list[dict]:
+    def produce(places):
         """Rows of steps.jsonl with their scores."""
-        if not loaded:
-            loaded.append(load_prm(out / "model", args))
-        part = [rows[place] for place in chunk]
+        part = [rows[i] for i in places]
         token_ids = [[row["token_ids"]] for row in part]
-        scores = score_steps(loaded[0], [by_id[row["id"]] for row in part], token_ids, args)
+        scores = score_steps(prm(), [by_id[row["id"]] for row in part], token_ids, args)
         return [row | {"scores": found} for row, (found,) in zip(part, scores)]
 
-    write_chunks(out / "held_out.jsonl", places, produce, args, "held_out")
+    write_chunks(out / "held_out.jsonl", held, produce, args, "held_out")
 
 
-def main(args: Args) -> None:
+def main(args):
     """Sample, roll out, label, train, judge."""
     policy = args.policy or Path(args.runs) / "01_warmup" / "model"
     inputs = {"data": args.data, "val": args.val, "policy": policy}
     out = open_run(args, "02_train_prm", inputs)
-    if not (out / "metrics.json").exists():
+    metrics = out / "metrics.json"
+    if not metrics.exists():
         make_prm(out, policy, args)
-    print(
-        (out / "metrics.json").read_text() + f"next: python 03_self_evolve.py --runs {out.parent}"
-    )
+    print(metrics.read_text() + f"next: python 03_self_evolve.py --runs {out.parent}")
 
 
 if __name__ == "__main__":

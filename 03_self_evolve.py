@@ -25,7 +25,6 @@ Departures from the paper:
    selected responses it sees a part, few it sees more than once ("trained" in metrics.jsonl).
 2. K = 8 here, 16 there; the search uses the first --search_prompts validation prompts.
 
-    python 03_self_evolve.py
     torchrun --nproc-per-node 8 03_self_evolve.py --data my/train.jsonl --val my/val.jsonl
     python 03_self_evolve.py --method rest_em --interval 1 --select all --temperature 1.0 \\
         --runs runs/rest --policy runs/toy/01_warmup/model --prm runs/toy/02_train_prm/model
@@ -39,9 +38,9 @@ import shutil
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
-import torch
 from transformers import AutoTokenizer
 
 from common import (
@@ -115,7 +114,7 @@ class Args(ScoringArgs):
     search_every: int = flag(2, "iterations between two temperature searches")
     search_prompts: int = flag(64, "validation prompts that a search uses")
     search_grid: list[float] = flag(
-        [round(0.3 + 0.1 * i, 1) for i in range(14)], "temperatures that a search tries"
+        [i / 10 for i in range(3, 17)], "temperatures that a search tries"
     )
     prm_refresh: int = flag(
         0,
@@ -143,43 +142,38 @@ def prompts_between(examples: list[dict], start: int, stop: int, *key) -> list[d
     >>> sorted(order[:3]), prompts_between(["a", "b", "c"], 2, 4, "key") == order[2:4]
     (['a', 'b', 'c'], True)
     """
-    order, epoch = [], 0
-    while len(order) < stop:
-        draws = torch.Generator().manual_seed(seed_of(*key, epoch))
-        order += torch.randperm(len(examples), generator=draws).tolist()
-        epoch += 1
-    return [examples[i] for i in order[start:stop]]
+    order = epoch_batches(len(examples), 1, stop, *key)
+    return [examples[i] for (i,) in order[start:]]
 
 
-def choose_prompts(examples, unlabeled, t: int, iterations: int, args: Args) -> list[dict]:
+def choose_prompts(examples, unlabeled, t, iterations, args) -> list[dict]:
     """D_t; after the share T_mixin of training every second prompt is unlabelled (paper, 3.4).
 
     A pass over the examples is a whole number of iterations, and one over the unlabelled ones ends
-    where they no longer suffice for an iteration, so none holds a prompt twice. Raises InputError
-    if they do not suffice for one. Method sft takes all examples.
+    where they no longer suffice for an iteration, so none holds a prompt twice. The unlabelled ones
+    come last. Raises InputError if they do not suffice for one. Method sft takes all examples.
     """
     if args.method == "sft":
         return examples
     parts, before = round(1 / args.interval), round(args.mixin * iterations)
-    ends = [len(examples) * i // parts for i in range(iterations + 1)]  # consumed by iteration i
-    prompts = prompts_between(examples, ends[t - 1], ends[t], args.seed, "prompts")
+    start, stop, mixed = (len(examples) * i // parts for i in (t - 1, t, before))  # consumed by i
+    prompts = prompts_between(examples, start, stop, args.seed, "prompts")
     if not unlabeled or t <= before:
         return prompts
-    widest = math.ceil(math.ceil(len(examples) / parts) / 2)
+    widest = math.ceil(len(examples) / (2 * parts))
     if widest > len(unlabeled):
         raise InputError(
             f"{args.unlabeled_data} holds {len(unlabeled)} prompts, fewer than the {widest} that "
             "one iteration takes; lower --interval"
         )
-    halves = [(end - ends[before]) // 2 for end in ends]
-    wanted = halves[t] - halves[t - 1]
+    wanted = (stop - mixed) // 2 - (start - mixed) // 2
     epoch, place = divmod(t - before - 1, len(unlabeled) // widest)
-    start = epoch * len(unlabeled) + place * widest
-    hidden = prompts_between(unlabeled, start, start + wanted, args.seed, "unlabeled")
+    first = epoch * len(unlabeled) + place * widest
+    hidden = prompts_between(unlabeled, first, first + wanted, args.seed, "unlabeled")
     return prompts[: len(prompts) - wanted] + hidden
 
 
-def gold_rows(examples: list[dict], policy, args: Args):
+def gold_rows(examples, policy, args):
     """Method sft: the gold answer of every prompt, stated, in the form of a checked sample."""
     tokenizer = AutoTokenizer.from_pretrained(policy, trust_remote_code=args.trust_remote_code)
     for example in examples:
@@ -189,13 +183,11 @@ def gold_rows(examples: list[dict], policy, args: Args):
         yield row | {"answer": example["answer"], "correct": True, "step_scores": [], "reward": 1.0}
 
 
-def generate(
-    policy, prm, prompts: list[dict], t: int, temperature: float, path, args: Args
-) -> None:
+def generate(policy, prm, prompts, folder, t, temperature, args):
     """K checked samples per prompt, R = 1(a = a*) x R_p; just R_p where the answer is hidden."""
+    path = folder / "samples.jsonl"
     if args.method == "sft":
         once(path, lambda part: write_jsonl(part, gold_rows(prompts, policy, args)))
-    prompts = sorted(prompts, key=lambda example: example["answer"] is None)
     with Sampler(policy, args, prm) as sampler:
         sampler.sample(path, prompts, args.samples, temperature, "evolve", t, right_only=True)
 
@@ -203,7 +195,7 @@ def generate(
 # ---- select
 
 
-def pseudo_label(samples: list[dict], weights: str) -> list[dict]:
+def pseudo_label(samples, weights) -> list[dict]:
     """Samples of an unlabelled prompt, judged by their own vote (paper, section 3.4).
 
     a* = the answer with the largest PRM-weighted vote, R = 1(a = a*) x R_p; without a readable
@@ -215,15 +207,13 @@ def pseudo_label(samples: list[dict], weights: str) -> list[dict]:
     """
     heavy = [max(row["reward"], 0.0) if weights == "prm" else 1.0 for row in samples]
     label = vote([row["answer"] for row in samples], heavy)
-    judged = []
-    for row in samples if label is not None else []:
-        right = row["answer"] == label
-        reward = row["reward"] if right else 0.0
-        judged.append(row | {"pseudo_label": label, "correct": right, "reward": reward})
-    return judged
+    if label is None:
+        return []
+    judged = [row | {"pseudo_label": label, "correct": row["answer"] == label} for row in samples]
+    return [row if row["correct"] else row | {"reward": 0.0} for row in judged]
 
 
-def choose(samples: list[dict], args: Args) -> list[dict]:
+def choose(samples, args) -> list[dict]:
     """H: which of a prompt's distinct right responses are trained on (paper, 3.3, table 2).
 
     >>> rows = [{"id": "p", "token_ids": [i], "correct": c, "reward": r}
@@ -231,52 +221,57 @@ def choose(samples: list[dict], args: Args) -> list[dict]:
     >>> [row["token_ids"][0] for row in choose(rows, Args(select="top_k", k=2))]
     [2, 4]
     """
-    right = distinct([row for row in samples if row["correct"]])
-    rewards = [row["reward"] for row in right]
-    picked = range(len(right))  # all
-    if args.select == "threshold":
-        picked = [i for i in picked if rewards[i] > args.alpha]
-    elif args.select == "random":  # the order of numbers that belong to (iteration, prompt, sample)
-        keys = [("select", row["iteration"], row["id"], row["sample"]) for row in right]
-        picked = top_k([seed_of(args.seed, *key) for key in keys], args.k)
-    elif args.select == "top_k":
-        picked = top_k(rewards, args.k)
-    return [right[i] | {"rank": place} for place, i in enumerate(picked, 1)]
+    right = distinct(row for row in samples if row["correct"])
+    heights = [row["reward"] for row in right]
+    if args.select == "random":  # the order of numbers that belong to (iteration, prompt, sample)
+        heights = [
+            seed_of(args.seed, "select", row["iteration"], row["id"], row["sample"])
+            for row in right
+        ]
+    if args.select in ("top_k", "random"):
+        right = [right[i] for i in top_k(heights, args.k)]
+    elif args.select == "threshold":
+        right = [row for row in right if row["reward"] > args.alpha]
+    return [row | {"rank": place} for place, row in enumerate(right, 1)]
 
 
-def select(folder: Path, by_id: dict, args: Args) -> dict:
+def select(folder, by_id, args):
     """Phase: selected.jsonl from samples.jsonl; returns what there was to select from.
 
     Samples of prompts whose answer is hidden are judged by their vote first.
     """
 
     def judged():
-        """The samples of every prompt."""
+        """The samples of every prompt, and as what the right ones count."""
         for prompt, samples in by_prompt(stream_jsonl(folder / "samples.jsonl")):
-            hidden = by_id[prompt]["answer"] is None
-            yield hidden, pseudo_label(samples, args.vote_weights) if hidden else samples
+            if by_id[prompt]["answer"] is None:
+                yield pseudo_label(samples, args.vote_weights), "voted"
+            else:
+                yield samples, "correct"
 
-    def write(part: Path) -> None:
+    def write(part):
         """The chosen responses of every prompt."""
-        write_jsonl(part, (row for _, samples in judged() for row in choose(samples, args)))
-        if not len(Lines(part)):
-            why = f"--select {args.select} keeps none of the right samples, if there are any"
-            raise InputError(f"{folder}: {why}, so nothing can be trained on")
+        write_jsonl(part, (row for samples, _ in judged() for row in choose(samples, args)))
+        if len(Lines(part)) == 0:
+            raise InputError(
+                f"{folder}: --select {args.select} keeps none of the right samples, if there are "
+                "any, so nothing can be trained on"
+            )
 
     once(folder / "selected.jsonl", write)
     found = {"prompts": 0, "correct": 0, "voted": 0, "no_vote": 0}
-    for hidden, samples in judged():
+    for samples, kind in judged():
         found["prompts"] += 1
-        found["voted" if hidden else "correct"] += sum(row["correct"] for row in samples)
-        found["no_vote"] += not samples
-    sampled = 0 if args.method == "sft" else found["prompts"] * args.samples
-    return found | {"samples": sampled, "selected": len(Lines(folder / "selected.jsonl"))}
+        found[kind] += sum(row["correct"] for row in samples)
+        found["no_vote"] += len(samples) == 0
+    found["samples"] = 0 if args.method == "sft" else found["prompts"] * args.samples
+    return found | {"selected": len(Lines(folder / "selected.jsonl"))}
 
 
 # ---- improve
 
 
-def starts_from(t: int, start: Path, out: Path, args: Args) -> tuple[Path, Path | None]:
+def starts_from(t, start, out, args):
     """(policy folder, training state or None) with which iteration t begins (paper, 3.2).
 
     All that tells the training methods apart: continuous inherits weights, moments and schedule,
@@ -285,35 +280,34 @@ def starts_from(t: int, start: Path, out: Path, args: Args) -> tuple[Path, Path 
     before = out / f"iter_{t - 1:02d}"
     if t == 1 or args.method == "rest_em":
         return start, None
-    if args.method == "iterative_rft":
-        return before / "model", None
-    return before / "model", before / "training"
+    state = before / "training" if args.method == "continuous" else None
+    return before / "model", state
 
 
-def improve(out: Path, start: Path, t: int, iterations: int, by_id: dict, args: Args) -> dict:
+def improve(folder, start, t, iterations, by_id, args):
     """SFT of the policy on the selected responses: iter_t/model and iter_t/training."""
-    folder = out / f"iter_{t:02d}"
     rows = Lines(folder / "selected.jsonl")
-    ends = [args.steps * i // iterations for i in (t - 1, t)]
-    batches = epoch_batches(len(rows), args.batch_size, ends[1] - ends[0], args.seed, "evolve", t)
+    done, steps = (args.steps * i // iterations for i in (t - 1, t))
+    batches = epoch_batches(len(rows), args.batch_size, steps - done, args.seed, "evolve", t)
 
-    def loss_of(policy, part: list[dict]):
+    def loss_of(policy, part):
         """The SFT loss of a few selected responses."""
         token_ids = [row["token_ids"] for row in part]
         return sft_loss(policy, [by_id[row["id"]] for row in part], token_ids, args)
 
-    def count_of(row: dict) -> int:
+    def count_of(row):
         """The tokens of a response and its closing EOS."""
         return len(row["token_ids"]) + 1
 
-    policy, state = starts_from(t, start, out, args)
-    data = (batches, rows, loss_of, count_of)
-    folders = (folder / "model", policy, folder / "training")
-    progress = train(*folders, *data, args, f"03 improve {t}", state=state)
+    policy, state = starts_from(t, start, folder.parent, args)
+    work, label = folder / "training", f"03 improve {t}"
+    progress = train(
+        folder / "model", policy, work, batches, rows, loss_of, count_of, args, label, state=state
+    )
     return {
         "lr": learning_rate(progress["step"] - 1, args.learning_rate, args.warmup_steps),
-        "trained": len({place for batch in batches for place in batch}),
-        "steps": ends[1],
+        "trained": len(set().union(*batches)),
+        "steps": steps,
         "tokens": progress["tokens"],
         "loss": progress["loss"] / len(batches),
     }
@@ -322,144 +316,155 @@ def improve(out: Path, start: Path, t: int, iterations: int, by_id: dict, args: 
 # ---- look and adapt
 
 
-def mean_over_prompts(groups: list[list[dict]], figure: str) -> float:
-    """Pass@K (K: all samples of a prompt) or Reward-Pass@2, averaged over prompts (paper, 5)."""
-    passed = 0
-    for group in groups:
+def pass_rates(rows):
+    """(Pass@K (K: all samples of a prompt), Reward-Pass@2), averaged over prompts (paper, 5)."""
+    passed, ranked = [], []
+    for _, group in by_prompt(rows):
         correct = [row["correct"] for row in group]
-        rewards = [row["reward"] for row in group]
-        passed += any(correct) if figure == "pass_at_k" else reward_pass_at_k(rewards, correct, 2)
-    return passed / len(groups)
+        passed.append(any(correct))
+        ranked.append(reward_pass_at_k([row["reward"] for row in group], correct, 2))
+    return fmean(passed), fmean(ranked)
 
 
-def look(
-    policy, prm, val: list[dict], folder: Path, t: int, temperature: float, args: Args
-) -> dict:
+def look(policy, prm, val, folder, t, temperature, args):
     """Greedy accuracy, Pass@K and Reward-Pass@2 on the validation set (paper, section 5)."""
     with Sampler(policy, args, prm) as sampler:
         sampler.look(folder, "val", val, args.samples, temperature, "val", t)
-    groups = [group for _, group in by_prompt(stream_jsonl(folder / "val_samples.jsonl"))]
-    greedy = [row["correct"] for row in stream_jsonl(folder / "val_greedy.jsonl")]
-    samples = [row["correct"] for group in groups for row in group]
+    samples = read_jsonl(folder / "val_samples.jsonl")
+    pass_at_k, reward_pass_at_2 = pass_rates(samples)
     return {
-        "greedy_accuracy": sum(greedy) / len(greedy),
-        "sample_accuracy": sum(samples) / len(samples),
-        "pass_at_k": mean_over_prompts(groups, "pass_at_k"),
-        "reward_pass_at_2": mean_over_prompts(groups, "reward_pass_at_2"),
+        "greedy_accuracy": fmean(
+            row["correct"] for row in stream_jsonl(folder / "val_greedy.jsonl")
+        ),
+        "sample_accuracy": fmean(row["correct"] for row in samples),
+        "pass_at_k": pass_at_k,
+        "reward_pass_at_2": reward_pass_at_2,
     }
 
 
-def search_temperature(grid: list[float], objective, current: float) -> tuple[float, list[dict]]:
+def search_temperature(grid, objective, current) -> tuple[float, list[dict]]:
     """T <- argmax of objective(T) over the grid; of equal ones the nearest to T, then the lower.
 
     Returns (best temperature, the whole curve as [{"temperature", "objective"}, ...]) (paper, 5).
     """
     curve = [{"temperature": T, "objective": objective(T)} for T in grid]
-
-    def preference(point: dict) -> tuple:
-        """Smaller is better."""
-        distance = round(abs(point["temperature"] - current), 6)
-        return -point["objective"], distance, point["temperature"]
-
-    return min(curve, key=preference)["temperature"], curve
+    order = [(-point["objective"], round(abs(T - current), 6), T) for T, point in zip(grid, curve)]
+    return min(order)[-1], curve
 
 
-def adapt(policy, prm, val: list[dict], folder: Path, t: int, current: float, args: Args) -> dict:
+def adapt(policy, prm, val, folder, t, current, args):
     """A search: T <- argmax of Reward-Pass@2 over the grid, fixed prompts and seeds (paper, 5)."""
-    grid, searched = args.search_grid, val[: args.search_prompts]
+    path, grid, searched = folder / "search.jsonl", args.search_grid, val[: args.search_prompts]
     heats = [T for T in grid for _ in searched]
-    path = folder / "search.jsonl"
     with Sampler(policy, args, prm) as sampler:
         sampler.sample(path, searched * len(grid), args.samples, heats, "search", t)
-    rows, size = read_jsonl(path), args.samples
-    groups = [rows[first : first + size] for first in range(0, len(rows), size)]
-    curve = []
-    for place, T in enumerate(grid):
-        tried = groups[place * len(searched) : (place + 1) * len(searched)]
-        names = ("reward_pass_at_2", "pass_at_k")
-        curve.append({"temperature": T} | {name: mean_over_prompts(tried, name) for name in names})
-    heights = {point["temperature"]: point[args.objective] for point in curve}
-    chosen, _ = search_temperature(grid, heights.get, current)
-    return {"iteration": t, "was": current, "chosen": chosen, "curve": curve} | {
-        "objective": args.objective
+    rows, curve = read_jsonl(path), []
+
+    def objective(T):
+        """What is maximised; both figures become a point of the curve."""
+        passed, ranked = pass_rates(row for row in rows if row["temperature"] == T)
+        curve.append({"temperature": T, "reward_pass_at_2": ranked, "pass_at_k": passed})
+        return curve[-1][args.objective]
+
+    chosen, _ = search_temperature(grid, objective, current)
+    return {
+        "iteration": t,
+        "was": current,
+        "chosen": chosen,
+        "curve": curve,
+        "objective": args.objective,
     }
 
 
 # ---- past the paper: a PRM that is trained anew
 
 
-def refresh_prm(policy, folder: Path, t: int, first_prm: Path, args: Args) -> dict:
+def refresh_prm(policy, folder, t, args):
     """Stage 02's phases from the current policy on its own rollouts; returns what they cost.
 
     The flags are those that the run's first PRM was made with, else this stage's and 02's defaults.
     """
-    stage, run = importlib.import_module("02_train_prm"), first_prm.parent / "run.json"
-    flags = {item.name: getattr(args, item.name) for item in fields(ScoringArgs)}
-    flags |= {"data": args.data, "val": args.val}
+    stage = importlib.import_module("02_train_prm")
+    run = first_prm(args).parent / "run.json"
+    shared = [item.name for item in fields(ScoringArgs)]
+    flags = {name: getattr(args, name) for name in [*shared, "data", "val"]}
     if run.exists():
         flags |= json.loads(run.read_text())["flags"]
     flags |= {"seed": seed_of(args.seed, "refresh", t), "engine": args.engine}
     folder.mkdir(exist_ok=True)
     stage.make_prm(folder, policy, stage.Args(**flags))
-    samples = sum(
-        len(Lines(folder / f"{name}.jsonl")) for name in ("samples", "val_samples", "rollouts")
-    )
+    names = ("samples.jsonl", "val_samples.jsonl", "rollouts.jsonl")
+    samples = sum(len(Lines(folder / name)) for name in names)
     steps = json.loads((folder / "metrics.json").read_text())["steps"]
     return {"extra_samples": samples, "extra_steps": steps}
 
 
-def current_prm(out: Path, t: int, args: Args) -> Path:
+def first_prm(args) -> Path:
+    """The PRM that the run begins with."""
+    return Path(args.prm or Path(args.runs) / "02_train_prm" / "model")
+
+
+def current_prm(out, t, args) -> Path:
     """The PRM of iteration t: the newest refreshed before it, else the one the run began with."""
-    made = [out / f"iter_{s:02d}" / "prm" for s in range(1, t)]
-    fresh = [folder / "model" for folder in made if (folder / "metrics.json").exists()]
-    first = Path(args.prm or Path(args.runs) / "02_train_prm" / "model")
-    return [first, *fresh][-1]
+    prm = first_prm(args)
+    for s in range(1, t):
+        fresh = out / f"iter_{s:02d}" / "prm"
+        if (fresh / "metrics.json").exists():
+            prm = fresh / "model"
+    return prm
 
 
 # ---- the loop
 
 
-def check_flags(args: Args) -> int:
+def check_flags(args) -> int:
     """The number of iterations; raises InputError for flags that contradict each other."""
-
-    def refuse(wrong: bool, sentence: str) -> None:
-        if wrong:
-            raise InputError(sentence)
-
     sft, fixed = args.method == "sft", args.temperature != "adaptive"
-    hidden, grid = args.unlabeled != "none", args.search_grid
-    parts = round(1 / args.interval)
+    hidden, grid, parts = args.unlabeled != "none", args.search_grid, round(1 / args.interval)
     iterations = 1 if sft else round(args.passes * parts)
-    uneven = abs(args.interval * parts - 1) > 1e-3 or args.interval > 1
-    refuse(uneven, "--interval must be 1 over a whole number: 1, 0.5, 0.25, 0.2, ...")
-    uneven = abs(args.passes * parts - iterations) > 1e-3 and not sft
-    refuse(uneven, "--passes must be a multiple of --interval")
-    few = not 1 <= iterations <= args.steps
-    refuse(few, "--passes, --interval and --steps must give at least one iteration of one step")
-    refuse(len(set(grid)) < max(1, len(grid)), "--search_grid needs different temperatures")
-    bare = sft and args.gold_response.count("{}") != 1
-    refuse(bare, "--gold_response must say by one {} where the answer stands")
-    refuse(sft and hidden, "--method sft samples nothing: drop --unlabeled")
-    late = args.prm_refresh >= iterations > 0 and args.prm_refresh > 0
-    refuse(late, f"--prm_refresh: in {iterations} iteration(s) no PRM would ever be refreshed")
-    late = args.search_every >= iterations and not (fixed or sft)
-    refuse(late, f"--search_every: no search in {iterations} iteration(s); or fix --temperature")
-    refuse(
-        fixed and not is_temperature(args.temperature),
-        "--temperature: a number above 0 or adaptive",
-    )
-    idle = fixed and args.objective != "reward_pass_at_2"
-    refuse(idle, "--objective: with a fixed --temperature nothing is searched")
-    mixed = args.mixin * iterations  # 0.28 x 25 is 7.000000000000001
-    uneven = not 0 <= args.mixin < 1 or abs(mixed - round(mixed)) > 1e-6
-    refuse(uneven, f"--mixin must be below 1 and a whole number of the {iterations} iterations")
-    refuse(args.mixin > 0 and not hidden, "--mixin needs --unlabeled oracle or vote")
-    idle = args.vote_weights == "equal" and args.unlabeled != "vote"
-    refuse(idle, "--vote_weights equal needs --unlabeled vote")
+    refused = {  # the first that holds is told
+        "--interval must be 1 over a whole number: 1, 0.5, 0.25, 0.2, ...": (
+            abs(args.interval * parts - 1) > 1e-3 or args.interval > 1
+        ),
+        "--passes must be a multiple of --interval": (
+            abs(args.passes * parts - iterations) > 1e-3 and not sft
+        ),
+        "--passes, --interval and --steps must give at least one iteration of one step": (
+            not 1 <= iterations <= args.steps
+        ),
+        "--search_grid needs different temperatures": len(set(grid)) < max(1, len(grid)),
+        "--gold_response must say by one {} where the answer stands": (
+            sft and args.gold_response.count("{}") != 1
+        ),
+        "--method sft samples nothing: drop --unlabeled": sft and hidden,
+        f"--prm_refresh: in {iterations} iteration(s) no PRM would ever be refreshed": (
+            args.prm_refresh >= iterations
+        ),
+        f"--search_every: no search in {iterations} iteration(s); or fix --temperature": (
+            args.search_every >= iterations and not fixed and not sft
+        ),
+        "--temperature: a number above 0 or adaptive": (
+            fixed and not is_temperature(args.temperature)
+        ),
+        "--objective: with a fixed --temperature nothing is searched": (
+            fixed and args.objective != "reward_pass_at_2"
+        ),
+        f"--mixin must be below 1 and a whole number of the {iterations} iterations": (
+            not 0 <= args.mixin < 1
+            or round(args.mixin * iterations, 6) % 1 > 0  # 0.28 x 25 is 7.000000000000001
+        ),
+        "--mixin needs --unlabeled oracle or vote": args.mixin > 0 and not hidden,
+        "--vote_weights equal needs --unlabeled vote": (
+            args.vote_weights == "equal" and args.unlabeled != "vote"
+        ),
+    }
+    for sentence, holds in refused.items():
+        if holds:
+            raise InputError(sentence)
     return iterations
 
 
-def is_temperature(text: str) -> bool:
+def is_temperature(text) -> bool:
     """Whether a text is a number above 0; greedy samples are all one."""
     try:
         return 0 < float(text) < math.inf
@@ -467,88 +472,82 @@ def is_temperature(text: str) -> bool:
         return False
 
 
-def rows_so_far(path: Path) -> list[dict]:
+def rows_so_far(path) -> list[dict]:
     """The rows of a file that grows with the iterations; none before the first."""
     return read_jsonl(path) if path.exists() else []
 
 
-def policy_after(t: int, start: Path, out: Path) -> Path:
-    """The folder of pi_theta after iteration t; iteration 0 is the policy the run began with."""
-    return out / f"iter_{t:02d}" / "model" if t else start
-
-
-def forget(folder: Path) -> None:
-    """Delete the policy and the training state of an iteration that the next one has inherited."""
-    if rank() == 0:
-        shutil.rmtree(folder / "model", ignore_errors=True)
-        shutil.rmtree(folder / "training", ignore_errors=True)
-
-
-def main(args: Args) -> None:
+def main(args):
     """The loop of the paper: generate, select, improve, look, adapt."""
     iterations = check_flags(args)
     start = Path(args.policy or Path(args.runs) / "01_warmup" / "model")
-    first_prm = current_prm(Path(args.runs), 0, args)
-    inputs = {"data": args.data, "val": args.val, "policy": start, "prm": first_prm}
+    inputs = {"data": args.data, "val": args.val, "policy": start, "prm": first_prm(args)}
     if args.unlabeled != "none":
         inputs["unlabeled"] = args.unlabeled_data
     out = open_run(args, "03_self_evolve", inputs)
     if is_there(out / "model"):
         return report(out, args)
     examples, val, unlabeled = load_examples(args.data), load_examples(args.val), []
-    if args.unlabeled != "none":
-        unlabeled = load_examples(args.unlabeled_data, hidden=args.unlabeled != "oracle")
+    if "unlabeled" in inputs:
+        unlabeled = load_examples(args.unlabeled_data, hidden=args.unlabeled == "vote")
     by_id = by_id_of(examples, unlabeled)
     choose_prompts(examples, unlabeled, iterations, iterations, args)  # refused now, not later
-    metrics, searches = rows_so_far(out / "metrics.jsonl"), rows_so_far(out / "temperature.jsonl")
+    metrics = rows_so_far(out / "metrics.jsonl")
     if not metrics:
         check_longest_prompts(start, examples + unlabeled + val, args)
 
+    adaptive = args.temperature == "adaptive"
+    temperature = 1.0 if adaptive else float(args.temperature)  # T
+    searches = rows_so_far(out / "temperature.jsonl")
+    searches = [search for search in searches if search["iteration"] < len(metrics)]
     for t in range(len(metrics), iterations + 1):
         clock, folder, prm = time.time(), out / f"iter_{t:02d}", current_prm(out, t, args)  # f
         folder.mkdir(exist_ok=True)
-        searches = [search for search in searches if search["iteration"] < t]
-        adaptive = args.temperature == "adaptive"
-        chosen = [1.0, *(search["chosen"] for search in searches)]
-        temperature = chosen[-1] if adaptive else float(args.temperature)  # T
+        if searches:
+            temperature = searches[-1]["chosen"]
         row = {"iteration": t, "temperature": temperature, "extra_samples": 0, "extra_steps": 0}
+        before = out / f"iter_{t - 1:02d}"
+        policy = before / "model" if t > 1 else start  # pi_theta
         if t > 0:
             prompts = choose_prompts(examples, unlabeled, t, iterations, args)  # D_t
-            policy = policy_after(t - 1, start, out)
-            generate(policy, prm, prompts, t, temperature, folder / "samples.jsonl", args)
+            generate(policy, prm, prompts, folder, t, temperature, args)
             row |= select(folder, by_id, args)
-            row |= improve(out, start, t, iterations, by_id, args)
-            forget(out / f"iter_{t - 1:02d}")
-        policy = policy_after(t, start, out)  # pi_theta
-        if t == iterations or (args.validate_every and t % args.validate_every == 0):
+            row |= improve(folder, start, t, iterations, by_id, args)
+            policy = folder / "model"
+            if rank() == 0:  # this iteration has inherited them
+                shutil.rmtree(before / "model", ignore_errors=True)
+                shutil.rmtree(before / "training", ignore_errors=True)
+        if t == iterations or (args.validate_every > 0 and t % args.validate_every == 0):
             row |= look(policy, prm, val, folder, t, temperature, args)
         between = 0 < t < iterations  # nothing follows the last iteration
-        if between and args.prm_refresh and t % args.prm_refresh == 0:
-            row |= refresh_prm(policy, folder / "prm", t, first_prm, args)
-            prm = current_prm(out, t + 1, args)
+        if between and args.prm_refresh > 0 and t % args.prm_refresh == 0:
+            row |= refresh_prm(policy, folder / "prm", t, args)
+            prm = folder / "prm" / "model"
         if between and adaptive and t % args.search_every == 0:
             searches.append(adapt(policy, prm, val, folder, t, temperature, args))
             row["extra_samples"] += len(Lines(folder / "search.jsonl"))
-        metrics.append(row | {"seconds": round(time.time() - clock, 1)})
+        row["seconds"] = round(time.time() - clock, 1)
+        metrics.append(row)
         if rank() == 0:
             write_jsonl(out / "temperature.jsonl", searches)
             write_jsonl(out / "metrics.jsonl", metrics)
-        print(json.dumps(metrics[-1]))
+        print(json.dumps(row))
     if rank() == 0:
-        shutil.rmtree(out / f"iter_{iterations:02d}" / "training", ignore_errors=True)
-        os.replace(policy_after(iterations, start, out), out / "model")
+        last = out / f"iter_{iterations:02d}"
+        shutil.rmtree(last / "training", ignore_errors=True)
+        os.replace(last / "model", out / "model")
         report(out, args)
 
 
-def report(out: Path, args: Args) -> None:
+def report(out, args):
     """Print the dynamics as a table, the budget that was spent, and what to run next."""
     names = ("greedy_accuracy", "sample_accuracy", "pass_at_k", "reward_pass_at_2")
-    print("iteration    T", *(f"{name:>16}" for name in names))
+    print("iteration    T  greedy_accuracy  sample_accuracy        pass_at_k reward_pass_at_2")
     rows = read_jsonl(out / "metrics.jsonl")
     for row in rows:
         if "pass_at_k" in row:
-            figures = [f"{row[name]:16.1%}" for name in names]
-            print(f"{row['iteration']:9d} {row['temperature']:4.1f}", *figures)
+            start = f"{row['iteration']:9d} {row['temperature']:4.1f}"
+            print(start, *(f"{row[name]:16.1%}" for name in names))
     for name in ("samples", "extra_samples", "extra_steps"):
         print(f"{name}: {sum(row.get(name, 0) for row in rows)}")
     other = f" --aggregate {args.aggregate}" if args.aggregate != "min" else ""
