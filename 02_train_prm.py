@@ -186,7 +186,7 @@ def prm_loss(prm, examples, rows, labels, args) -> tuple[torch.Tensor, int]:
 # ---- judge
 
 
-def auc(positive, scores) -> float | None:
+def auc(positive, scores):
     """ROC AUC; None if all are positive or none is."""
     return float(roc_auc_score(positive, scores)) if len(set(positive)) == 2 else None
 
@@ -282,9 +282,9 @@ def make_prm(out, policy, args):
             f"--held_out {args.held_out} of {len(examples)} prompts holds {len(held)} out; "
             "some must be held out and some trained on"
         )
+    check_longest_prompts(policy, examples + val, args)  # refuses what is no checkpoint
     tokenizer = AutoTokenizer.from_pretrained(policy, trust_remote_code=args.trust_remote_code)
     marks = mark_ids(tokenizer, args.good, args.bad)
-    check_longest_prompts(policy, examples + val, args)
 
     # Sample responses, cut them into steps, complete every step prefix, label the steps
     with Sampler(policy, args) as sampler:
@@ -299,6 +299,11 @@ def make_prm(out, policy, args):
     # Train: the PRM f starts from the policy
     rows = Lines(out / "steps.jsonl")
     fit = [i for i, row in enumerate(rows) if not row["held_out"]]
+    if not fit:
+        raise InputError(
+            "every prompt with right and wrong samples is held out, so nothing can be trained on; "
+            "lower --held_out or raise --prompts or --samples, and --overwrite"
+        )
     steps = -(-len(fit) // args.batch_size) * args.epochs
     order = epoch_batches(len(fit), args.batch_size, steps, args.seed, "prm")
     batches = [[fit[i] for i in batch] for batch in order]

@@ -187,7 +187,7 @@ def generate(policy, prm, prompts, folder, t, temperature, args):
     """K checked samples per prompt, R = 1(a = a*) x R_p; just R_p where the answer is hidden."""
     path = folder / "samples.jsonl"
     if args.method == "sft":
-        once(path, lambda part: write_jsonl(part, gold_rows(prompts, policy, args)))
+        return once(path, lambda part: write_jsonl(part, gold_rows(prompts, policy, args)))
     with Sampler(policy, args, prm) as sampler:
         sampler.sample(path, prompts, args.samples, temperature, "evolve", t, right_only=True)
 
@@ -307,7 +307,7 @@ def improve(folder, start, t, iterations, by_id, args):
     return {
         "lr": learning_rate(progress["step"] - 1, args.learning_rate, args.warmup_steps),
         "trained": len(set().union(*batches)),
-        "steps": steps,
+        "steps": steps,  # since the run began; tokens and loss are of this iteration
         "tokens": progress["tokens"],
         "loss": progress["loss"] / len(batches),
     }
@@ -353,7 +353,7 @@ def search_temperature(grid, objective, current) -> tuple[float, list[dict]]:
 
 
 def adapt(policy, prm, val, folder, t, current, args):
-    """A search: T <- argmax of Reward-Pass@2 over the grid, fixed prompts and seeds (paper, 5)."""
+    """A search: T <- argmax of Reward-Pass@2 over the grid, each on the same seeds (paper, 5)."""
     path, grid, searched = folder / "search.jsonl", args.search_grid, val[: args.search_prompts]
     heats = [T for T in grid for _ in searched]
     with Sampler(policy, args, prm) as sampler:
@@ -490,7 +490,7 @@ def main(args):
     examples, val, unlabeled = load_examples(args.data), load_examples(args.val), []
     if "unlabeled" in inputs:
         unlabeled = load_examples(args.unlabeled_data, hidden=args.unlabeled == "vote")
-    by_id = by_id_of(examples, unlabeled)
+    by_id = by_id_of(examples, unlabeled, val)  # refuses a val prompt that is trained on
     choose_prompts(examples, unlabeled, iterations, iterations, args)  # refused now, not later
     metrics = rows_so_far(out / "metrics.jsonl")
     if not metrics:

@@ -447,7 +447,7 @@ def show(figure: dict | None, sign: str = "", scale: float = 100) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def figure_table(title: str, columns: dict) -> str:
+def figure_table(title: str, columns: dict):
     """{column: {key: figure}} as a Markdown table: a row per key, and how many a figure is of."""
     lines = [["", *columns, "n"], ["---"] * (len(columns) + 2)]
     for key in {key: None for figures in columns.values() for key in figures}:
@@ -627,7 +627,7 @@ def main(args: Args) -> None:
         def write_report(part: Path) -> None:
             """Judge, tabulate and draw; `part` becomes report.json, the last file."""
             report = judge(out, list(policies), examples, args)
-            write_atomic(out / "report.md", tabulate(report, args))
+            write_atomic(out / "report.md", [tabulate(report, args)])
             draw_dynamics(evolving, out / "dynamics.png")
             draw_prm(report["prm"], out / "prm.png")
             write_json(part, report)

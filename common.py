@@ -11,6 +11,7 @@ its files. Plain `python` is one rank on the same path.
 
 import argparse
 import ctypes
+import errno
 import fcntl
 import gc
 import hashlib
@@ -165,6 +166,9 @@ def run_stage(args_class, main):
         if rank() > 0:
             time.sleep(5)  # rank 0 says what all ranks see, and torchrun ends the others meanwhile
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        flags = "--rows, --micro_batch or --engine_memory"
+        sys.exit(f"error: {error}; lower {flags} and run the same command again")
     except RuntimeError:
         if world_size() > 1:
             time.sleep(5)  # a rank that ended has said why, and torchrun ends this one meanwhile
@@ -172,8 +176,8 @@ def run_stage(args_class, main):
     except KeyboardInterrupt:
         sys.exit("interrupted: what was written is whole; the same command continues")
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", 0) is None or isinstance(error, FileNotFoundError):
-            raise
+        if isinstance(error, OSError) and error.errno in (None, errno.ENOENT):
+            raise  # no disk's fault but ours, which the traceback shows
         if rank() > 0:
             time.sleep(5)  # as above
         sys.exit(
@@ -194,10 +198,19 @@ def join_ranks(device):
     """
     if dist.is_initialized():
         return
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError(f"--device must be cpu, cuda or cuda:N, found {device}")
+    kind, _, number = device.partition(":")
+    if number and "RANK" in os.environ:
+        raise InputError("--device: give cuda under torchrun; each rank takes its own GPU")
     backend = "gloo"
-    if torch.device(device).type == "cuda":
+    if kind == "cuda":
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(torch.device(device).index or int(os.environ.get("LOCAL_RANK", 0)))
+        number = int(number or os.environ.get("LOCAL_RANK", 0))
+        count = torch.cuda.device_count()
+        if number >= count:
+            raise InputError(f"--device {device}: GPU {number} is asked for, torch sees {count}")
+        torch.cuda.set_device(number)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(days=7))
     else:
@@ -227,6 +240,11 @@ def sum_over_ranks(value) -> float:
     return total.item()
 
 
+def wait_for_ranks():
+    """Every rank goes on when all have come here; by gloo, for NCCL would take a GPU."""
+    sum_over_ranks(0)
+
+
 def is_there(path) -> bool:
     """Whether a file or folder exists, as rank 0 sees it, so that all ranks take the same way."""
     return bool(sum_over_ranks(rank() == 0 and Path(path).exists()))
@@ -240,7 +258,7 @@ def once(path, write):
         part = Path(f"{path}.part")
         write(part)
         os.replace(part, path)
-    sum_over_ranks(0)
+    wait_for_ranks()
 
 
 # ---- files
@@ -250,13 +268,13 @@ def stream_jsonl(path):
     """The records of a JSONL file, one by one; raises InputError with the line of a bad one."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist")
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path} line {number}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where}: not JSON ({error.msg}); mend or delete it") from None
+            except ValueError as error:  # no JSON, or no UTF-8
+                raise InputError(f"{where}: not JSON ({error}); mend or delete it") from None
             if not isinstance(row, dict):
                 raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
             yield row
@@ -301,7 +319,7 @@ def by_prompt(rows):
 
 
 def write_atomic(path, texts):
-    """Write a text, or one after the other, so that a kill leaves the old file or the new one."""
+    """Write texts one after the other, so that a kill leaves the old file or the new one."""
     part = Path(f"{path}.part")
     with open(part, "w", encoding="utf-8") as file:
         file.writelines(texts)
@@ -312,7 +330,7 @@ def write_atomic(path, texts):
 
 def write_json(path, value):
     """`value` as indented JSON, written atomically."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(path, [json.dumps(value, indent=1, ensure_ascii=False) + "\n"])
 
 
 def write_jsonl(path, rows):
@@ -325,7 +343,7 @@ def write_chunks(path, items, produce, args, label):
 
     Chunk k belongs to rank k modulo N and becomes a file of its own in <path>.parts, so that a
     restart, on any number of ranks, makes only what is missing. Chunk borders, and with them every
-    batch, never depend on it. Rank 0 joins the chunks when all are there.
+    batch, are the same on any number. Rank 0 joins the chunks when all are there.
     """
     parts = Path(f"{path}.parts")
     if not is_there(path):
@@ -335,7 +353,7 @@ def write_chunks(path, items, produce, args, label):
             name = parts / f"{start:09d}-{args.chunk}.jsonl"
             if not name.exists():
                 write_jsonl(name, produce(items[start : start + args.chunk]))
-        sum_over_ranks(0)
+        wait_for_ranks()
         names = sorted(parts.glob(f"*-{args.chunk}.jsonl"))
         once(path, lambda part: write_atomic(part, (name.read_text("utf-8") for name in names)))
     if rank() == 0:
@@ -343,7 +361,7 @@ def write_chunks(path, items, produce, args, label):
 
 
 def digest(path) -> str:
-    """A short SHA-256 of a file, or of the configuration and weights of a checkpoint folder."""
+    """A short SHA-256 of a file, or of the JSON and safetensors files of a checkpoint folder."""
     path = Path(path)
     files = sorted(path.glob("*.[js]*")) if path.is_dir() else [path]  # json, jinja, safetensors
     sha = hashlib.sha256()
@@ -386,7 +404,7 @@ def open_run(args, stage, inputs) -> Path:
         elif (out / "run.json").exists():
             refuse_other_settings(out, now)
         write_json(out / "run.json", now)
-    sum_over_ranks(0)
+    wait_for_ranks()
     return out
 
 
@@ -685,16 +703,6 @@ def read_number(answer: str, decimals: int | None = None) -> Answer | None:
     return Answer("number", text, match["unit"])
 
 
-def choice_index(answer: str, choices: list[str]) -> int | None:
-    """The position of the one choice that an answer names, by letter first, then by text; or None.
-
-    >>> [choice_index(answer, ["9", "12"]) for answer in ("(B) 12", "12", "B: 9", "A or B")]
-    [1, 1, None, None]
-    """
-    letter = canonical(answer, {"choices": choices})
-    return None if letter is None else LETTERS.index(letter)
-
-
 def read_choice(answer: str, example: dict) -> Answer | None:
     """The one option that an answer names: of "choices", or of those in the question, by letter."""
     listed = example.get("choices")
@@ -782,6 +790,7 @@ def load_policy(path, args, training=False) -> Policy:
     InputError for a folder that is no checkpoint, or the checkpoint of a text-only model.
     """
     code = {"trust_remote_code": args.trust_remote_code}
+    free_memory()  # of a training phase: FSDP2's modules hold each other until they are collected
     try:
         config = AutoConfig.from_pretrained(path, **code)
         known = type(config) in AutoModelForImageTextToText._model_mapping
@@ -853,7 +862,10 @@ def closing_first(processor, eos):
 
 def load_prm(path, args) -> Prm:
     """A PRM that stage 02 wrote: a policy whose prm.json names its two marks."""
-    marks = json.loads((Path(path) / "prm.json").read_text())["marks"]
+    file = Path(path) / "prm.json"
+    if not file.is_file():
+        raise InputError(f"{path} is no PRM, it holds no prm.json; name a model/ that 02 wrote")
+    marks = json.loads(file.read_text())["marks"]
     return Prm(**vars(load_policy(path, args)), marks=tuple(marks))
 
 
@@ -1047,7 +1059,9 @@ def generate(
     torch.set_num_threads(threads // workers)
     try:
         with ThreadPoolExecutor(workers) as pool:
-            tails = list(pool.map(run, slices_of(seeds, workers, args)))
+            # A thread begins on the first GPU, whatever the rank's: one batch at a time needs none.
+            spread = map if workers == 1 else pool.map
+            tails = list(spread(run, slices_of(seeds, workers, args)))
     finally:
         torch.set_num_threads(threads)
     return to_responses(policy, itertools.chain(*tails), seeds, prefixes, args)
@@ -1110,7 +1124,7 @@ def decode(policy, batch, seeds, temperatures, room) -> list[list[int]]:
     tokens = torch.full_like(uniform, -1, dtype=torch.long)  # (n, T)
     owner = torch.tensor([i for i, row in enumerate(seeds) for _ in row], device=device)  # (n,)
     heat = torch.tensor(temperatures, device=device)[owner]  # (n,)
-    room = torch.tensor(room, device=device)[owner]  # (n,)
+    limit = torch.tensor(room, device=device)[owner]  # (n,)
     ends = torch.tensor(policy.eos_ids, device=device)
 
     out = policy.model(**batch, use_cache=True, logits_to_keep=1)
@@ -1118,12 +1132,12 @@ def decode(policy, batch, seeds, temperatures, room) -> list[list[int]]:
     mask = take_rows(policy, cache, batch["attention_mask"], owner)  # (n, L)
     logits = out.logits[:, -1].float()[owner]  # (n, V)
     rows = torch.arange(len(owner), device=device)  # (b,) the rows that are still in the batch
-    alive = room > 0  # (b,)
+    alive = limit > 0  # (b,)
     for t in range(most):
         logits[:, policy.banned] = -torch.inf
         token = draw(logits, heat[rows], uniform[rows, t])  # (b,)
         tokens[rows[alive], t] = token[alive]
-        alive = alive & ~torch.isin(token, ends) & (t + 1 < room[rows])
+        alive = alive & ~torch.isin(token, ends) & (t + 1 < limit[rows])
         if not alive.any():
             break
         if alive.float().mean() < 0.8:  # copying the cache costs about one step
@@ -1288,6 +1302,7 @@ def start_engine(folder, args):
     """A vLLM engine, in a process of its own, that holds a policy folder's weights."""
     import vllm
 
+    free_memory()  # vLLM counts what this process still holds, and refuses to start
     code = {"trust_remote_code": args.trust_remote_code}
     context = args.max_prompt_tokens + args.max_new_tokens
     text = AutoConfig.from_pretrained(folder, **code).get_text_config()
@@ -1308,9 +1323,9 @@ def start_engine(folder, args):
     if local and torch.cuda.is_available():  # this rank's GPU
         visible = before.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(64)))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local)]
-    theirs = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    for name in theirs:  # torchrun's; the engine is none of its ranks
-        os.environ.pop(name, None)
+    for name in before:  # torchrun's: the engine is none of its ranks and has a store of its own
+        if re.fullmatch(r"(\w+_)?(RANK|WORLD_SIZE)|(MASTER|TORCHELASTIC)_\w+", name):
+            del os.environ[name]
     try:
         return vllm.LLM(str(folder), **settings, **code)
     except (ValueError, RuntimeError) as error:
@@ -1401,12 +1416,6 @@ def prove_engine(engine, policy, example, args):
 # ---- steps and PRM scores
 
 
-@lru_cache(maxsize=None)
-def token_text(tokenizer, token):
-    """The text of one token; decoding is slow and a response has many tokens."""
-    return tokenizer.decode([token])
-
-
 def step_ends(token_ids: list[int], tokenizer) -> list[int]:
     r"""Where each step of a response ends: exclusive indices into its token ids.
 
@@ -1418,9 +1427,10 @@ def step_ends(token_ids: list[int], tokenizer) -> list[int]:
     >>> step_ends([1, 2, 2, 3], Words())
     [3, 4]
     """
+    texts = {token: tokenizer.decode([token]) for token in set(token_ids)}
     ends, content = [], False
     for end, token in enumerate(token_ids, 1):
-        lines = token_text(tokenizer, token).split("\n")
+        lines = texts[token].split("\n")
         content = content or bool(lines[0].strip())
         if len(lines) == 1 and end < len(token_ids):
             continue
@@ -1546,6 +1556,8 @@ def distinct(rows) -> list[dict]:
 
 def load_checker(spec):
     """The function FILE:FUNCTION(response, example) that knows if a chain is right, or None."""
+    if not spec:
+        return lambda response, example: None
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         raise InputError(f"--chain_checker {spec}: {path!r} is not a file; give FILE:FUNCTION")
@@ -1627,7 +1639,7 @@ def shard(model, args) -> torch.nn.Module:
         return model.to(args.device)
     mesh = dist.init_device_mesh(torch.device(args.device).type, (world_size(),))
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    layers = model._no_split_modules or ()  # those of the vision tower too
+    layers = getattr(model, "_no_split_modules", None) or ()  # those of the vision tower too
     for module in reversed(list(model.modules())):  # inner ones first
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh, mp_policy=mixed)
@@ -1677,13 +1689,13 @@ def save_state(work, model, optimizer, progress):
     new = work / f"batch_{progress['batch']:06d}"
     if rank() == 0:
         shutil.rmtree(new, ignore_errors=True)
-    sum_over_ranks(0)
+    wait_for_ranks()
     writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)
     dcp.save(training_tensors(model, optimizer), storage_writer=writer)
     if rank() == 0:
         write_json(work / "progress.json", progress)
         drop_states(work, keep=new.name)
-    sum_over_ranks(0)
+    wait_for_ranks()
 
 
 def drop_states(work, keep=""):
@@ -1749,12 +1761,13 @@ def train(
             (summed * world_size() / count).backward()  # FSDP2 takes the mean over ranks
             loss += summed.item()
         loss = sum_over_ranks(loss) / count
-        if not math.isfinite(loss):
+        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not math.isfinite(loss + norm.item()):
             raise InputError(
-                f"{label}: the loss is {loss} at step {progress['step']}; "
-                "lower --learning_rate or look at the data of this step"
+                f"{label}: the loss is {loss} at step {progress['step']}; lower --learning_rate or "
+                f"look at the data of this step, whose gradient has the norm {norm.item()}"
             )
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         for name, more in {"step": 1, "batch": 1, "tokens": count, "loss": loss}.items():

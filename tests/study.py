@@ -655,7 +655,7 @@ def main() -> None:
         print(f"wrote {chart}")
         print(dynamics_table(args.compare, args.resamples))
     elif args.document:
-        common.write_atomic(args.document, document(common.read_jsonl(MEASURED)))
+        common.write_atomic(args.document, [document(common.read_jsonl(MEASURED))])
     else:
         drive(args)
 

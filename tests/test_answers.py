@@ -6,6 +6,13 @@ import pytest
 
 import common
 
+
+def choice_index(answer, choices):
+    """The position of the option that an answer names, or None."""
+    letter = common.canonical(answer, {"choices": choices})
+    return None if letter is None else common.LETTERS.index(letter)
+
+
 AB = ["9", "12"]
 NUMBERS = ["7", "11", "15", "18"]
 WORDS = ["cat", "dog", "(c) bird", "cow"]
@@ -847,14 +854,14 @@ def test_every_form_of_an_option_is_that_option_and_no_other(choices, index, for
     answer = common.extract_answer(
         "The answer is " + form.format(l=letter, t=text), {"choices": choices}
     )
-    assert common.choice_index(answer, choices) == index
+    assert choice_index(answer, choices) == index
     for gold in common.LETTERS[: len(choices)]:
         assert common.is_correct(answer, {"answer": gold, "choices": choices}) is (gold == letter)
 
 
 @pytest.mark.parametrize("choices", [choices for choices in LISTS if choices is not UNITS])
 def test_the_text_of_an_option_alone_is_that_option(choices):
-    assert [common.choice_index(text, choices) for text in choices] == list(range(len(choices)))
+    assert [choice_index(text, choices) for text in choices] == list(range(len(choices)))
 
 
 def spellings(text):
@@ -877,10 +884,8 @@ def spellings(text):
 def test_an_option_respelled_is_that_option_with_its_letter_and_without(choices):
     for index, text in enumerate(choices):
         for spelling in spellings(text):
-            assert common.choice_index(spelling, choices) == index, spelling
-            assert common.choice_index(f"{common.LETTERS[index]}, {spelling}", choices) == index, (
-                spelling
-            )
+            assert choice_index(spelling, choices) == index, spelling
+            assert choice_index(f"{common.LETTERS[index]}, {spelling}", choices) == index, spelling
 
 
 TWO = [  # l, t: the letter and text of the right option; k, u: of a wrong one
@@ -925,9 +930,9 @@ def test_an_answer_that_names_two_options_or_denies_one_is_right_for_none(choice
                 answer = form.format(
                     l=common.LETTERS[index], t=text, k=common.LETTERS[other], u=another
                 )
-                assert (
-                    common.choice_index(common.extract_answer(f"Answer: {answer}"), choices) is None
-                ), answer
+                assert choice_index(common.extract_answer(f"Answer: {answer}"), choices) is None, (
+                    answer
+                )
 
 
 @pytest.mark.parametrize("choices", LETTER_LIKE)
@@ -938,10 +943,7 @@ def test_letters_beside_letters_are_two_letters(choices):
                 text[0].upper() in common.LETTERS[: len(choices)]
                 and text.upper() != common.LETTERS[index]
             ):
-                assert (
-                    common.choice_index(form.format(l=common.LETTERS[index], t=text), choices)
-                    is None
-                )
+                assert choice_index(form.format(l=common.LETTERS[index], t=text), choices) is None
 
 
 @pytest.mark.parametrize(
