@@ -200,13 +200,10 @@ def main(args: Args) -> None:
     if args.data == "mathv360k":
         args.data = str(split_mathv360k(Path(args.data_root), args.seed))
     out = common.open_run(args, "01_warmup", {"data": args.data, "model": args.model})
-    if (out / "metrics.json").exists():
-        return report(out)
-    prompts = common.load_examples(args.data)
+    (prompts,) = common.fitting(out, args.model, args, common.load_examples(args.data))
     by_id = common.by_id_of(prompts)
 
     # Generate: chains of thought from the base model
-    common.check_longest_prompts(args.model, prompts, args)
     samples, total = out / "samples.jsonl", len(prompts) * args.samples
     with common.Sampler(args.model, args) as base:  # pi_base
         base.sample(samples, prompts, n=args.samples, temperature=args.temperature, purpose="train")

@@ -46,11 +46,11 @@ from common import (
     append_tokens,
     by_id_of,
     by_prompt,
-    check_longest_prompts,
     distinct,
     drop_states,
     encode_prompts,
     epoch_batches,
+    fitting,
     flag,
     load_checker,
     load_examples,
@@ -274,7 +274,9 @@ def make_prm(out, policy, args):
     """The phases of the stage, in folder `out`: sample, cut, roll out, label, train, judge."""
     clock = time.time()
     checker = load_checker(args.chain_checker)
-    examples, val = load_examples(args.data)[: args.prompts], load_examples(args.val)
+    files = load_examples(args.data), load_examples(args.val)
+    examples, val = fitting(out, policy, args, *files)
+    examples = examples[: args.prompts]
     by_id = by_id_of(examples, val)
     held = {example["id"] for example in examples[: int(len(examples) * args.held_out)]}
     if not 0 < len(held) < len(examples):
@@ -282,7 +284,6 @@ def make_prm(out, policy, args):
             f"--held_out {args.held_out} of {len(examples)} prompts holds {len(held)} out; "
             "some must be held out and some trained on"
         )
-    check_longest_prompts(policy, examples + val, args)  # refuses what is no checkpoint
     tokenizer = AutoTokenizer.from_pretrained(policy, trust_remote_code=args.trust_remote_code)
     marks = mark_ids(tokenizer, args.good, args.bad)
 
@@ -302,7 +303,7 @@ def make_prm(out, policy, args):
     if not fit:
         raise InputError(
             "every prompt with right and wrong samples is held out, so nothing can be trained on; "
-            "lower --held_out or raise --prompts or --samples, and --overwrite"
+            "lower --held_out or raise --prompts or --samples, in another --runs"
         )
     steps = -(-len(fit) // args.batch_size) * args.epochs
     order = epoch_batches(len(fit), args.batch_size, steps, args.seed, "prm")
@@ -375,10 +376,10 @@ def main(args):
     policy = args.policy or Path(args.runs) / "01_warmup" / "model"
     inputs = {"data": args.data, "val": args.val, "policy": policy}
     out = open_run(args, "02_train_prm", inputs)
-    metrics = out / "metrics.json"
-    if not metrics.exists():
-        make_prm(out, policy, args)
-    print(metrics.read_text() + f"next: python 03_self_evolve.py --runs {out.parent}")
+    make_prm(out, policy, args)
+    print(
+        (out / "metrics.json").read_text() + f"next: python 03_self_evolve.py --runs {out.parent}"
+    )
 
 
 if __name__ == "__main__":

@@ -50,11 +50,11 @@ from common import (
     ScoringArgs,
     by_id_of,
     by_prompt,
-    check_longest_prompts,
     distinct,
     epoch_batches,
+    fitting,
     flag,
-    is_there,
+    is_made,
     learning_rate,
     load_examples,
     once,
@@ -485,16 +485,16 @@ def main(args):
     if args.unlabeled != "none":
         inputs["unlabeled"] = args.unlabeled_data
     out = open_run(args, "03_self_evolve", inputs)
-    if is_there(out / "model"):
+    if is_made(out / "model"):
         return report(out, args)
-    examples, val, unlabeled = load_examples(args.data), load_examples(args.val), []
+    files = [load_examples(args.data), load_examples(args.val)]
     if "unlabeled" in inputs:
-        unlabeled = load_examples(args.unlabeled_data, hidden=args.unlabeled == "vote")
-    by_id = by_id_of(examples, unlabeled, val)  # refuses a val prompt that is trained on
+        files.append(load_examples(args.unlabeled_data, hidden=args.unlabeled == "vote"))
+    by_id = by_id_of(*files)  # refuses a val prompt that is trained on
+    examples, val, *unlabeled = fitting(out, start, args, *files)
+    unlabeled = sum(unlabeled, [])
     choose_prompts(examples, unlabeled, iterations, iterations, args)  # refused now, not later
     metrics = rows_so_far(out / "metrics.jsonl")
-    if not metrics:
-        check_longest_prompts(start, examples + unlabeled + val, args)
 
     adaptive = args.temperature == "adaptive"
     temperature = 1.0 if adaptive else float(args.temperature)  # T

@@ -44,8 +44,8 @@ from common import (
     ScoringArgs,
     by_id_of,
     by_prompt,
-    check_longest_prompts,
     distinct,
+    fitting,
     flag,
     load_checker,
     load_examples,
@@ -618,21 +618,20 @@ def main(args: Args) -> None:
     inputs = {**data, **policies, "prm": prm}
     inputs["model"] = inputs.pop("base")  # the one that may be a name on the hub
     out = open_run(args, "04_eval", inputs)
-    if not (out / "report.json").exists():
-        load_checker(args.chain_checker)  # a wrong flag shows now, not after hours
-        examples = {name: load_examples(path) for name, path in data.items()}
-        check_longest_prompts(prm, sum(examples.values(), []), args)
-        predict(out, policies, prm, examples, args)
+    load_checker(args.chain_checker)  # a wrong flag shows now, not after hours
+    files = [load_examples(path) for path in data.values()]
+    examples = dict(zip(data, fitting(out, prm, args, *files)))
+    predict(out, policies, prm, examples, args)
 
-        def write_report(part: Path) -> None:
-            """Judge, tabulate and draw; `part` becomes report.json, the last file."""
-            report = judge(out, list(policies), examples, args)
-            write_atomic(out / "report.md", [tabulate(report, args)])
-            draw_dynamics(evolving, out / "dynamics.png")
-            draw_prm(report["prm"], out / "prm.png")
-            write_json(part, report)
+    def write_report(part: Path) -> None:
+        """Judge, tabulate and draw; `part` becomes report.json, the last file."""
+        report = judge(out, list(policies), examples, args)
+        write_atomic(out / "report.md", [tabulate(report, args)])
+        draw_dynamics(evolving, out / "dynamics.png")
+        draw_prm(report["prm"], out / "prm.png")
+        write_json(part, report)
 
-        once(out / "report.json", write_report)
+    once(out / "report.json", write_report)
     print((out / "report.md").read_text())
 
 

@@ -24,8 +24,10 @@ import re
 import runpy
 import shutil
 import signal
+import struct
 import sys
 import time
+import zlib
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +44,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-from PIL import Image
+from jinja2 import TemplateError  # comes with transformers, for chat templates
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -63,9 +66,9 @@ class InputError(Exception):
 # ---- flags
 
 
-def flag(default, help, above=0):
-    """A dataclass field with its meaning; a number must be finite and above `above`."""
-    metadata = {"help": help, "above": above}
+def flag(default, help, above=0, most=10**7):
+    """A dataclass field with its meaning; a number must be above `above` and at most `most`."""
+    metadata = {"help": help, "above": above, "most": most}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -80,7 +83,11 @@ class CommonArgs:
         "Think step by step , then end with Answer :",
         "asks for a chain of thought; follows every question",
     )
-    max_prompt_tokens: int = flag(2048, "a longer prompt, its image included, is refused")
+    system: str = flag("", "system prompt; empty: none")
+    chat_template_kwargs: str = flag(
+        "{}", 'for the chat template, as JSON, such as {"enable_thinking": false}'
+    )
+    max_prompt_tokens: int = flag(2048, "longer prompts, their images included, are left out")
     max_new_tokens: int = flag(80, "a response that has not ended by then counts as wrong")
     rows: int = flag(1024, "responses decoded or scored at once; lower it when memory runs out")
     chunk: int = flag(256, "prompts between two writes, dealt to the ranks: what a kill may lose")
@@ -88,9 +95,7 @@ class CommonArgs:
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "of the computation; auto: bfloat16 on a GPU, float32 on a CPU"
     )
-    attention: str = flag(
-        "auto", "as transformers names it; auto: flash_attention_2 if there, or sdpa"
-    )
+    attention: str = flag("", "as transformers names it; empty: the model's own choice")
     gradient_checkpointing: bool = flag(False, "less memory in training, about a third more time")
     freeze_vision: bool = flag(False, "do not train the vision tower")
     processor: str = flag(
@@ -102,15 +107,19 @@ class CommonArgs:
     engine_memory: float = flag(0.45, "share of the GPU's (or the host's) memory that vLLM takes")
     micro_batch: int = flag(32, "responses in one forward and backward pass of a rank")
     save_every: int = flag(50, "optimizer steps between two checkpoints")
-    seed: int = flag(0, "every random choice follows from it", above=-1)
+    seed: int = flag(0, "every random choice follows from it", above=-1, most=2**48)
     trust_remote_code: bool = flag(False, "run code that comes with a checkpoint")
-    overwrite: bool = flag(False, "delete what this stage wrote before and start anew")
 
 
 # Memory, speed and place: at most rounding depends on them, so they may change between two starts.
 HARMLESS = (
-    *("runs", "overwrite", "device", "engine_memory", "gradient_checkpointing"),
-    *("rows", "chunk", "micro_batch", "save_every", "max_prompt_tokens"),
+    *("runs", "device", "engine_memory", "gradient_checkpointing"),
+    *("rows", "chunk", "micro_batch", "save_every"),
+)
+# What a stage that is not given them takes from the stage before.
+INHERITED = (
+    *("data", "val", "model", "instruction", "system", "chat_template_kwargs", "processor"),
+    *("max_prompt_tokens", "max_new_tokens", "trust_remote_code"),
 )
 
 
@@ -130,36 +139,68 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 class Parser(HfArgumentParser):
     """A parser of flags whose metadata holds a range, which is for `check_ranges`."""
 
-    def add_argument(self, *names, above=0, **settings):
+    def add_argument(self, *names, above=0, most=0, **settings):
         """A flag, as argparse knows it."""
         return super().add_argument(*names, **settings)
 
 
 def parse_flags(args_class, argv=None):
-    """Flags as an `args_class`; argparse refuses an unknown or mistyped one with exit code 2."""
+    """Flags as an `args_class`, and the names of those that argv gives.
+
+    argparse refuses an unknown or mistyped one with exit code 2.
+    """
     doc = sys.modules["__main__"].__doc__
-    parser = Parser(args_class, description=doc, formatter_class=Help)
-    return args_class(**vars(parser.parse_args(argv)))
+    parser = Parser(args_class, description=doc, formatter_class=Help, allow_abbrev=False)
+    args = args_class(**vars(parser.parse_args(argv)))
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return args, set(vars(parser.parse_args(argv)))
 
 
 def check_ranges(args):
-    """Raises InputError for a number that is not finite, or not above what its flag says."""
+    """Raises InputError for a number out of its flag's range, or a text that is no JSON object."""
     for item in fields(args):
-        value, above = getattr(args, item.name), item.metadata["above"]
+        value, low, most = getattr(args, item.name), item.metadata["above"], item.metadata["most"]
         for number in value if isinstance(value, list) else [value]:
-            if type(number) in (int, float) and not above < number < math.inf:
-                raise InputError(f"--{item.name} must be finite and above {above}, found {number}")
+            if type(number) in (int, float) and not low < number <= most:
+                raise InputError(f"--{item.name}: {number} is not above {low} and at most {most}")
+    for name in ("processor", "chat_template_kwargs"):
+        try:
+            dict(json.loads(getattr(args, name)))
+        except (ValueError, TypeError, RecursionError):
+            value = getattr(args, name)
+            raise InputError(f"--{name} must be a JSON object, found {value}") from None
+
+
+def inherit(args, given, stage):
+    """Take the flags of INHERITED that were not given from the stage before, and say so."""
+    runs = sorted(Path(args.runs).glob("0?_*/run.json"), reverse=True)
+    runs = [path for path in runs if path.parent.name < stage]
+    if getattr(args, "policy", ""):
+        runs.insert(0, Path(args.policy).parent / "run.json")
+    earlier = [(path, read_json(path).get("flags", {})) for path in runs if path.exists()]
+    for name in INHERITED:
+        path, flags = next((pair for pair in earlier if name in pair[1]), (None, {}))
+        then, now = flags.get(name), getattr(args, name, None)
+        if then is None or now is None or then == now:
+            continue
+        if name in given:
+            print(f"--{name} is {now!r}, another than {then!r} in {path}")
+        else:
+            setattr(args, name, then)
+            print(f"--{name} {then!r} is taken from {path}")
 
 
 def run_stage(args_class, main):
     """Parse flags and call `main(args)`; an InputError becomes one sentence and exit code 1."""
-    args = parse_flags(args_class)
+    args, given = parse_flags(args_class)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         join_ranks(args.device)
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all; errors go to stderr
+        inherit(args, given, Path(sys.argv[0]).stem)
         check_ranges(args)
         main(args)
     except InputError as error:
@@ -252,13 +293,44 @@ def is_there(path) -> bool:
 
 def once(path, write):
     """Phase of one rank: rank 0 lets `write(part)` make `path` under another name; all wait."""
-    if is_there(path):
+    if is_made(path):
         return
     if rank() == 0:
         part = Path(f"{path}.part")
         write(part)
         os.replace(part, path)
+        seal(path)
     wait_for_ranks()
+
+
+def is_made(path) -> bool:
+    """Whether the output of a phase is there, as all ranks see it.
+
+    Raises InputError if it is not as it was made: changed, cut short, deleted.
+    """
+    if rank() == 0:
+        path = Path(path)
+        made = seals(path.parent).get(path.name)
+        if made and not path.exists() and not path.suffix:  # a model; a file is made anew
+            raise InputError(f"{path} was made and is gone; put it back or start in another --runs")
+        if made and path.exists() and digest(path) != made:
+            raise InputError(f"{path} was changed since it was made; start in another --runs")
+        if path.exists() and not made:  # killed between the two
+            seal(path)
+    return is_there(path)
+
+
+def seals(folder) -> dict:
+    """{name: digest} of the outputs in a folder when they were made."""
+    path = folder / "digests.json"
+    return read_json(path) if path.exists() else {}
+
+
+def seal(path):
+    """Note the digest of an output; one that is not noted yet, after a kill, is taken as it is."""
+    path = Path(path)
+    made = seals(path.parent) | {path.name: digest(path)}
+    write_json(path.parent / "digests.json", made)
 
 
 # ---- files
@@ -272,8 +344,8 @@ def stream_jsonl(path):
         for number, line in enumerate(file, 1):
             where = f"{path} line {number}"
             try:
-                row = json.loads(line)
-            except ValueError as error:  # no JSON, or no UTF-8
+                row = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or too deep
                 raise InputError(f"{where}: not JSON ({error}); mend or delete it") from None
             if not isinstance(row, dict):
                 raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
@@ -283,6 +355,14 @@ def stream_jsonl(path):
 def read_jsonl(path) -> list[dict]:
     """All records of a JSONL file."""
     return list(stream_jsonl(path))
+
+
+def read_json(path) -> dict:
+    """The object in a JSON file; raises InputError if it holds none."""
+    try:
+        return dict(json.loads(Path(path).read_text("utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is not a whole JSON object ({error}); put it back") from None
 
 
 class Lines:
@@ -346,7 +426,7 @@ def write_chunks(path, items, produce, args, label):
     batch, are the same on any number. Rank 0 joins the chunks when all are there.
     """
     parts = Path(f"{path}.parts")
-    if not is_there(path):
+    if not is_made(path):
         parts.mkdir(parents=True, exist_ok=True)
         starts = range(0, len(items), args.chunk)
         for start in tqdm(starts[rank() :: world_size()], label, disable=quiet()):
@@ -373,6 +453,7 @@ def digest(path) -> str:
 
 # ---- the run folder of a stage
 
+FREE = {".lock", "run.json", "run.json.part", "prompts"}  # what a refused start may leave
 LOCKS = []  # open lock files; the kernel frees a lock when its process ends, however it ends
 
 
@@ -386,8 +467,8 @@ def open_run(args, stage, inputs) -> Path:
     """Make, lock and fingerprint a stage's folder, <runs>/<stage>; settle --dtype and --engine.
 
     inputs: {name: file or checkpoint folder} that the results depend on. Raises InputError if one
-    is missing, if another process holds the folder, if it was made with other flags or inputs
-    (unless args.overwrite), or if a number is out of its range.
+    is missing, if another process holds the folder, or if its phases were made with other flags or
+    inputs; a start that was refused before its first phase binds nothing.
     """
     check_ranges(args)
     join_ranks(args.device)
@@ -399,10 +480,10 @@ def open_run(args, stage, inputs) -> Path:
         found = {name: fingerprint(stage, name, path) for name, path in inputs.items()}
         now = {"flags": flags, "inputs": found}
         lock_folder(out)
-        if args.overwrite:
-            clear_run(out)
-        elif (out / "run.json").exists():
+        if {path.name for path in out.iterdir()} - FREE:
             refuse_other_settings(out, now)
+        else:
+            shutil.rmtree(out / "prompts", ignore_errors=True)
         write_json(out / "run.json", now)
     wait_for_ranks()
     return out
@@ -432,41 +513,29 @@ def lock_folder(out):
         raise InputError(f"cannot write to {out} ({why}); choose another --runs") from None
 
 
-def clear_run(out):
-    """Delete what a run left; refuses a folder that is no run.
-
-    run.json stays and is void from the start: a killed deletion can go on, and nothing else can
-    start on what it left.
-    """
-    kept = {".lock", "run.json", "run.json.part"}
-    left = [path for path in out.iterdir() if path.name not in kept]
-    if left and not (out / "run.json").exists():
-        raise InputError(f"{out} is no run: --overwrite will not delete it; choose another --runs")
-    write_json(out / "run.json", {"flags": {"overwrite": True}, "inputs": {}})
-    for path in left:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def refuse_other_settings(out, now):
     """Raises InputError with what differs if a folder was made with other flags or inputs."""
-    then, changed = json.loads((out / "run.json").read_text()), []
+    if not (out / "run.json").exists():
+        raise InputError(f"{out} holds files but no run.json; choose another --runs")
+    then, changed = read_json(out / "run.json"), []
     for kind in ("flags", "inputs"):
-        for name in then[kind] | now[kind]:
-            was, wanted = then[kind].get(name), now[kind].get(name)
+        old = then.get(kind, {})
+        for name in old | now[kind]:
+            was, wanted = old.get(name), now[kind].get(name)
             if was != wanted:
                 changed.append(f"{kind[:-1]} {name} was {was!r}, now {wanted!r}")
     if changed:
         changes = "; ".join(changed)
-        raise InputError(
-            f"{out} was made with other settings: {changes}. Use --overwrite or another --runs"
-        )
+        raise InputError(f"{out} was made otherwise: {changes}. Delete it or choose another --runs")
 
 
 # ---- examples
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not EPS, which starts Ghostscript
+DECODER_ERRORS = (
+    *(OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, EOFError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 VISIBLE = ("id", "image", "question", "choices", "source", "answer_type", "precision")
 
 
@@ -477,10 +546,10 @@ def load_examples(path, hidden=False) -> list[dict]:
     null, "source": "toy"} and, if the answer is to be read as "integer", "float", "list" or
     "letter", "answer_type" and "precision" (decimals). hidden: for unlabelled prompts; only what a
     solver may see is kept, "answer" becomes None. Raises InputError with file and line on a bad
-    field, an unreadable answer, a repeated id, or an image that is missing, broken or outside the
-    data folder. Of more than 4,096 images an even sample is read, the others are looked for.
+    field, an unreadable answer, a repeated id, or an image that is missing or outside the data
+    folder; `fitting` reads the images.
     """
-    rows, images = [], {}
+    rows = []
     folder = os.path.join(Path(path).resolve().parent, "")
     for number, row in enumerate(stream_jsonl(path), 1):
         if hidden:
@@ -492,18 +561,13 @@ def load_examples(path, hidden=False) -> list[dict]:
         image = os.path.normpath(folder + row["image"])
         if not image.startswith(folder) or os.path.isabs(row["image"]):
             raise InputError(f"{row['where']}: image {row['image']!r} leaves the data folder")
+        if not os.path.isfile(image):
+            raise InputError(f"{row['where']}: image {image} does not exist, or is no file")
         row["image"] = image
-        images.setdefault(image, row)
         rows.append(row)
     if not rows:
         raise InputError(f"{path} is empty: it needs one JSON record per line")
     by_id_of(rows)
-    stride = -(-len(images) // 4096)
-    for place, row in enumerate(images.values()):
-        if not os.path.isfile(row["image"]):
-            raise InputError(f"{row['where']}: image {row['image']} does not exist")
-        if place % stride == 0:
-            read_image(row)
     return rows
 
 
@@ -513,13 +577,13 @@ def problem_of(row, hidden) -> str | None:
         text = row.get(name)
         if name == "answer" and hidden:
             continue
-        if not isinstance(text, str) or not text.strip():
+        if not is_text(text):
             return f'field "{name}" must be a text that is not empty, found {text!r}'
     choices, decimals = row["choices"], row.get("precision")
     if choices is not None:
-        texts = isinstance(choices, list) and all(isinstance(text, str) for text in choices)
+        texts = isinstance(choices, list) and all(is_text(text) for text in choices)
         if not texts or not 2 <= len(choices) <= len(LETTERS):
-            return 'field "choices" must be a list of 2 to 10 texts, or null'
+            return 'field "choices" must be a list of 2 to 10 texts that are not empty, or null'
     if row.get("answer_type") not in (None, *ANSWER_TYPES):
         return f'"answer_type" must be one of {", ".join(ANSWER_TYPES)} or null'
     if decimals is not None and (type(decimals) is not int or decimals < 0):
@@ -527,6 +591,13 @@ def problem_of(row, hidden) -> str | None:
     if not hidden and canonical(row["answer"], row) is None:
         return f"the answer {row['answer']!r} is none of the choices, or not of its type"
     return None
+
+
+def is_text(value) -> bool:
+    """Whether a value is a text that says something and that a UTF-8 file can hold."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return not re.search("[\ud800-\udfff]", value)  # half a character
 
 
 def by_id_of(*files) -> dict[str, dict]:
@@ -547,19 +618,25 @@ def by_id_of(*files) -> dict[str, dict]:
 def read_image(example) -> Image.Image:
     """The image of an example in RGB; raises InputError with the example's file and line.
 
-    What is transparent becomes white, the paper under a drawing; 16-bit grey is scaled to 8 bits.
+    It is turned as its EXIF says. What is transparent becomes white, the paper under a drawing;
+    16-bit grey is scaled to 8 bits.
     """
     try:
-        with Image.open(example["image"]) as image:
+        with Image.open(example["image"], formats=FORMATS) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode == "F":
+                raise ValueError("its pixels are floats")
             if image.mode.startswith("I"):
                 image = image.point(lambda grey: grey / 257).convert("L")
             if image.has_transparency_data:
                 paper = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(paper, image.convert("RGBA"))
             return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DECODER_ERRORS as error:
         where = f"{example['where']}: image {example['image']}"
-        raise InputError(f"{where} cannot be read ({error}); put a whole file there") from None
+        raise InputError(
+            f"{where} cannot be read ({error}); put a whole file there, {', '.join(FORMATS)}"
+        ) from None
 
 
 # ---- answers
@@ -742,6 +819,12 @@ def with_text(text: str, options: dict[str, str]) -> set[str]:
 # ---- models and prompts
 
 
+LOADING_ERRORS = (  # what transformers and jinja raise for a folder that is not whole
+    *(OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError),
+    *(SafetensorError, TemplateError),
+)
+
+
 @dataclass
 class Policy:
     """A model with its processor."""
@@ -772,22 +855,11 @@ def dtype_of(args) -> torch.dtype:
     return getattr(torch, args.dtype)
 
 
-def attention_of(config, args, training):
-    """The attention implementation that --attention asks for; None is the model's own choice."""
-    if args.attention != "auto":
-        return args.attention
-    if args.device == "cpu":
-        return "eager" if training else None  # SDPA's masked backward pass is slow on a CPU
-    # Gemma 3's image tokens see each other both ways, which flash attention leaves out.
-    fits = dtype_of(args) == torch.bfloat16 and not config.model_type.startswith("gemma3")
-    return "flash_attention_2" if fits and transformers.utils.is_flash_attn_2_available() else None
-
-
 def load_policy(path, args, training=False) -> Policy:
     """A Hugging Face image-text-to-text checkpoint in the dtype of --dtype.
 
     For generation it comes to --device in eval mode; training takes it from the CPU. Raises
-    InputError for a folder that is no checkpoint, or the checkpoint of a text-only model.
+    InputError for a folder that is no whole checkpoint, or that of a model which is not supported.
     """
     code = {"trust_remote_code": args.trust_remote_code}
     free_memory()  # of a training phase: FSDP2's modules hold each other until they are collected
@@ -796,15 +868,26 @@ def load_policy(path, args, training=False) -> Policy:
         known = type(config) in AutoModelForImageTextToText._model_mapping
         if not known and not hasattr(config, "auto_map"):
             raise ValueError(f"a {config.model_type} model takes no images")
+        if config.is_encoder_decoder:
+            raise ValueError("it is an encoder-decoder, whose responses do not follow its prompts")
         processor = load_processor(path, config, args)
-        model = AutoModelForImageTextToText.from_pretrained(
+        model, found = AutoModelForImageTextToText.from_pretrained(
             path,
             config=config,
             dtype=dtype_of(args),
-            attn_implementation=attention_of(config, args, training),
+            attn_implementation=args.attention or None,
+            output_loading_info=True,
             **code,
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        eos = closing_first(processor, model.generation_config.eos_token_id)
+        for problem in ("missing_keys", "mismatched_keys"):
+            if found[problem]:
+                names = ", ".join(map(str, sorted(found[problem])[:3]))
+                raise ValueError(f"{problem.replace('_', ' ')} in its weights: {names}")
+        for name, weight in model.named_parameters():
+            if not weight.isfinite().all():
+                raise ValueError(f"its weight {name} holds NaN or infinity")
+    except LOADING_ERRORS as error:
         why = str(error).strip().splitlines()[0]
         if "trust_remote_code" in str(error):
             why += "; if you trust it, pass --trust_remote_code"
@@ -822,7 +905,6 @@ def load_policy(path, args, training=False) -> Policy:
         model.disable_input_require_grads()
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     banned = sorted({getattr(config, name, None) for name in names} - {None})
-    eos = closing_first(processor, model.generation_config.eos_token_id)
     pad = processor.tokenizer.pad_token_id
     if not training:
         model = model.to(args.device).eval()
@@ -833,16 +915,17 @@ def load_processor(path, config, args):
     """A checkpoint's processor with the settings of --processor, which each family names its way.
 
     Training, scoring and vLLM read them from the processor, which is saved beside the weights.
-    Raises InputError for settings that are no JSON object, or that change nothing.
+    Raises InputError for settings that it does not have, ValueError if it is not whole.
     """
     load = partial(AutoProcessor.from_pretrained, path, trust_remote_code=args.trust_remote_code)
-    try:
-        settings = dict(json.loads(args.processor))
-    except (ValueError, TypeError):
-        raise InputError(f"--processor must be a JSON object, found {args.processor}") from None
+    settings = json.loads(args.processor)
     processor = load(**settings)
-    if settings and processor.to_dict() == load().to_dict():
-        raise InputError(f"--processor {args.processor} changes nothing in this family's processor")
+    if not hasattr(processor, "tokenizer") or not processor.chat_template:
+        raise ValueError("it has no processor of images and text, or no chat template")
+    known = json.dumps(load().to_dict())  # parts within parts
+    unknown = [name for name in settings if f'"{name}": ' not in known]
+    if unknown and processor.to_dict() == load().to_dict():
+        raise InputError(f"--processor: this family's processor knows no {', '.join(unknown)}")
     if "image_grid_pinpoints" in settings:  # LLaVA's model cuts by the same list
         config.image_grid_pinpoints = settings["image_grid_pinpoints"]
     return processor
@@ -850,13 +933,12 @@ def load_processor(path, config, args):
 
 def closing_first(processor, eos):
     """End tokens, those first with which the chat template closes an assistant's turn."""
-    eos = processor.tokenizer.eos_token_id if eos is None else eos
-    if not isinstance(eos, list):
-        return [eos]
     content = [{"type": "text", "text": "@@"}]
     talk = [{"role": role, "content": content} for role in ("user", "assistant")]
     tail = processor.apply_chat_template(talk, tokenize=False).rpartition("@@")[2]
     closing = processor.tokenizer(tail, add_special_tokens=False)["input_ids"]
+    eos = processor.tokenizer.eos_token_id if eos is None else eos
+    eos = eos if isinstance(eos, list) else [eos]
     return sorted(eos, key=lambda token: token not in closing)  # stable
 
 
@@ -865,8 +947,11 @@ def load_prm(path, args) -> Prm:
     file = Path(path) / "prm.json"
     if not file.is_file():
         raise InputError(f"{path} is no PRM, it holds no prm.json; name a model/ that 02 wrote")
-    marks = json.loads(file.read_text())["marks"]
-    return Prm(**vars(load_policy(path, args)), marks=tuple(marks))
+    prm = Prm(**vars(load_policy(path, args)), marks=None)
+    prm.marks = tuple(read_json(file).get("marks") or ())
+    if len(set(range(len(prm.tokenizer))).intersection(prm.marks)) != 2 or len(prm.marks) != 2:
+        raise InputError(f"{file}: marks must be two token ids of the vocabulary; run 02 again")
+    return prm
 
 
 def save_policy(policy, path, args):
@@ -889,6 +974,8 @@ def save_policy(policy, path, args):
         policy.processor.save_pretrained(part)
         if isinstance(policy, Prm):
             write_json(part / "prm.json", {"marks": policy.marks})
+        for file in part.iterdir():  # safetensors writes for the user alone
+            file.chmod(0o644)
 
     once(path, write)
 
@@ -908,51 +995,98 @@ def user_text(example, instruction) -> str:
     return "\n".join(lines)
 
 
-def conversation(example, args):
-    """What a chat template takes: one user turn of the image and the text."""
+def conversation(processor, example, args):
+    """What a chat template takes: a user turn of the image and the text, after a system prompt.
+
+    The name of a special token in the text is broken by a space, so that it stays text.
+    """
+    text = user_text(example, args.instruction)
+    added = processor.tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special}
+    for name in special | {getattr(processor, "image_token", None) or "<image>"}:
+        text = text.replace(name, f"{name[0]} {name[1:]}")
     image = {"type": "image", "image": read_image(example)}
-    text = {"type": "text", "text": user_text(example, args.instruction)}
-    return [{"role": "user", "content": [image, text]}]
+    talk = [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+    if args.system:
+        system = {"type": "text", "text": args.system}
+        talk.insert(0, {"role": "system", "content": [system]})
+    return talk
+
+
+def ask(processor, examples, args, **how):
+    """Prompts of examples by the processor's own chat template, its settings and --system."""
+    talks = [conversation(processor, example, args) for example in examples]
+    settings = json.loads(args.chat_template_kwargs)
+    return processor.apply_chat_template(talks, add_generation_prompt=True, **settings, **how)
 
 
 def encode_prompts(policy, examples, args) -> dict[str, torch.Tensor]:
-    """Prompts by the processor's own chat template, left-padded, on the model's device.
+    """Prompts, left-padded, on the model's device.
 
-    Gives input_ids and attention_mask (B, L) and what the family has for its images. Raises
-    InputError, with file and line, for a prompt of more than args.max_prompt_tokens tokens.
+    Gives input_ids and attention_mask (B, L) and what the family has for its images.
     """
-    try:
-        batch = policy.processor.apply_chat_template(
-            [conversation(example, args) for example in examples],
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=True,
-            processor_kwargs={"padding": True, "padding_side": "left", "return_tensors": "pt"},
-        )
-    except ValueError as error:  # such as an image 200 times wider than high
-        places = ", ".join(example["where"] for example in examples[:8])
-        raise InputError(
-            f"{places}: the processor refuses one of these prompts ({error})"
-        ) from None
-    for example, length in zip(examples, batch["attention_mask"].sum(1).tolist()):
-        check_length(example, length, args)
+    padding = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    how = {"tokenize": True, "return_dict": True, "processor_kwargs": padding}
+    batch = dict(ask(policy.processor, examples, args, **how))
+    batch.pop("labels", None)  # PaliGemma's, of the prompt
     batch = {name: x.to(policy.model.device) for name, x in batch.items()}
     return {name: x.to(dtype_of(args)) if x.is_floating_point() else x for name, x in batch.items()}
 
 
-def check_length(example, length, args):
-    """Raises InputError, with file and line, for a prompt of too many tokens."""
-    if length > args.max_prompt_tokens:
-        raise InputError(
-            f"{example['where']}: the prompt has {length} tokens, more than --max_prompt_tokens "
-            f"{args.max_prompt_tokens}; raise the flag, or remove the record and start anew"
+class PromptLengths(torch.utils.data.Dataset):
+    """How many tokens the prompt of each example has, or why it cannot be read, as a text."""
+
+    def __init__(self, processor, examples, args):
+        self.given = (processor, examples, args)
+
+    def __len__(self):
+        return len(self.given[1])
+
+    def __getitem__(self, place):
+        processor, examples, args = self.given
+        try:
+            batch = ask(processor, [examples[place]], args, tokenize=True, return_dict=True)
+        except InputError as error:
+            return str(error)
+        except (ValueError, TemplateError) as error:  # such as an image 200 times wider than high
+            return f"{examples[place]['where']}: the processor refuses this prompt ({error})"
+        return len(batch["input_ids"][0])
+
+
+def fitting(out, folder, args, *files) -> list[list[dict]]:
+    """Phase: the examples of each file whose prompts have at most --max_prompt_tokens tokens.
+
+    Every image is read, in worker processes, by the processor of a policy folder; the lengths stay
+    in <out>/prompts/lengths.jsonl. Raises InputError, with file and line, for a prompt that cannot
+    be read, or if more than a tenth of a file is left out.
+    """
+    path, examples = out / "prompts" / "lengths.jsonl", list(itertools.chain(*files))
+    code = {"trust_remote_code": args.trust_remote_code}
+    processor = load_processor(folder, AutoConfig.from_pretrained(folder, **code), args)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def produce(chunk):
+        """The lengths of a chunk."""
+        workers = min(cores, len(chunk) // 32)  # a few are not worth a process
+        counts = torch.utils.data.DataLoader(
+            PromptLengths(processor, chunk, args), batch_size=None, num_workers=workers
         )
+        for example, count in zip(chunk, counts):
+            if isinstance(count, str):
+                raise InputError(count)
+            yield {"id": example["id"], "tokens": count, "fits": count <= args.max_prompt_tokens}
 
-
-def check_longest_prompts(folder, examples, args):
-    """Encode the 32 prompts with the longest texts before hours are spent; raises as that does."""
-    longest = sorted(examples, key=lambda e: -len(user_text(e, args.instruction)))[:32]
-    encode_prompts(load_policy(folder, args), longest, args)
+    write_chunks(path, examples, produce, args, "prompts")
+    rows, kept = stream_jsonl(path), []
+    for file in files:
+        kept.append([example for example, row in zip(file, rows) if row["fits"]])
+        left_out = f"{len(file) - len(kept[-1])} of {len(file)} prompts have more than "
+        left_out += f"--max_prompt_tokens {args.max_prompt_tokens} tokens; {path} lists them"
+        if len(kept[-1]) < 0.9 * len(file):
+            raise InputError(f"{left_out}: raise the flag or use smaller images")
+        if len(kept[-1]) < len(file):
+            print(f"left out: {left_out}")
+    return kept
 
 
 def pad_right(rows: list[list[int]], pad_id) -> tuple[torch.Tensor, torch.Tensor]:
@@ -982,10 +1116,13 @@ def append_tokens(batch, tails: list[list[int]], pad_id, left=False) -> dict:
     order = order.argsort(dim=1, stable=True)  # (B, L + W) what is padding first
     joined = dict(batch)
     for name, value in batch.items():
-        if value.shape == batch["input_ids"].shape:  # ids, mask, token types (text has type 0)
-            tail = {"input_ids": ids, "attention_mask": seen}.get(name, torch.zeros_like(ids))
-            value = torch.cat([value, tail.to(value)], 1)  # (B, L + W)
-            joined[name] = value.gather(1, order) if left else value
+        if value.shape[:2] != batch["input_ids"].shape:
+            continue
+        tail = {"input_ids": ids, "attention_mask": seen}.get(name, torch.zeros_like(ids))
+        if value.dim() > 2:  # what each token sees, such as Mllama's tiles: as the last one
+            tail = value[:, -1:].expand(-1, ids.shape[1], *value.shape[2:])  # (B, W, ...)
+        value = torch.cat([value, tail.to(value)], 1)  # (B, L + W, ...)
+        joined[name] = value[torch.arange(len(order))[:, None], order] if left else value
     return joined
 
 
@@ -1174,17 +1311,22 @@ class Sampler:
         free_memory()
 
     def start(self, example):
-        """Load both folders; the example is what an engine is proved on."""
+        """Load both folders; the example is what model and engine are proved on."""
         policy, prm = self.folders
         if self.args.engine == "vllm":
             self.engine = start_engine(policy, self.args)
         self.policy = load_policy(policy, self.args)
+        prove_policy(self.policy, example, self.args)
         if self.engine:
             prove_engine(self.engine, self.policy, example, self.args)
             self.policy.model = None  # the engine has it
             free_memory()
         if prm:
             self.prm = load_prm(prm, self.args)
+            if self.prm.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
+                raise InputError(
+                    f"{prm} numbers tokens otherwise than {policy}; use a PRM made of it"
+                )
 
     def sample(
         self, path, examples, n, temperature, purpose, iteration=0, right_only=False, prefixes=None
@@ -1267,6 +1409,51 @@ def free_memory():
         torch.cuda.empty_cache()
 
 
+PROVED = set()  # model classes that passed `prove_policy` in this process
+
+
+@torch.inference_mode()
+def prove_policy(policy, example, args):
+    """Raises InputError unless padded batches, caches and our loss do what plain passes do.
+
+    Two prompts of unequal length with three tokens after each: the tokens' log-probabilities in a
+    padded batch and from the cache must be those of each prompt alone, and our loss the model's
+    own, on average to 0.001 nats in float32 and 0.25 in bfloat16. A family for which they are not
+    would be sampled, scored or trained wrongly without a word.
+    """
+    name = type(policy.model).__name__
+    if name in PROVED:
+        return
+    pair = [example, example | {"question": f"{example['question']} {example['question']}"}]
+    tails = [policy.tokenizer.encode("7 8 9 10", add_special_tokens=False)[:3]] * 2
+    width = len(tails[0])
+    alone = [token_logprobs(policy, [each], tails[:1], args)[0] for each in pair]
+    together, _ = token_logprobs(policy, pair, tails, args)  # (2, W)
+
+    prompts = encode_prompts(policy, pair, args)
+    batch = append_tokens(prompts, tails, policy.pad_id)  # (2, L + W)
+    labels = batch["input_ids"].clone()
+    labels[:, :-width] = -100
+    loss = policy.model(**batch, labels=labels, use_cache=False).loss
+
+    out = policy.model(**prompts, use_cache=True, logits_to_keep=1)
+    mask = batch["attention_mask"]
+    inputs = {"input_ids": batch["input_ids"][:, -width:], "attention_mask": mask}
+    inputs |= cached_positions(policy, mask, width)
+    later = policy.model(**inputs, past_key_values=out.past_key_values).logits  # (2, W, V)
+    logits = torch.cat([out.logits[:, -1:], later[:, :-1]], 1).float()  # (2, W, V)
+    cached = logits.log_softmax(-1).gather(2, inputs["input_ids"][..., None])[..., 0]  # (2, W)
+
+    off = {"padded": together - torch.cat(alone), "cached": cached - together}
+    off["loss"] = loss + together.mean()
+    off = {way: difference.abs().mean().item() for way, difference in off.items()}
+    figures = ", ".join(f"{way} {nats:.1e}" for way, nats in off.items())
+    if not max(off.values()) < (1e-3 if args.dtype == "float32" else 0.25):
+        raise InputError(f"{name} is not supported: its own forward pass differs, nats: {figures}")
+    PROVED.add(name)
+    print(f"self-test of {name}, nats off a plain forward pass: {figures}", flush=True)
+
+
 # ---- sampling by vLLM
 
 
@@ -1343,21 +1530,17 @@ def ask_engine(engine, policy, examples, seeds, temperatures, args, prefixes) ->
     """vLLM's outputs, one per sample, prompt by prompt; each is a request with a seed of its own.
 
     Prompts go in as token ids with unexpanded image placeholders, so that a prefix is continued
-    exactly where it ends. Raises InputError for a prompt that is too long.
+    exactly where it ends.
     """
     from vllm import SamplingParams
 
-    tokenizer, prompts, settings, owners = policy.tokenizer, [], [], []
+    tokenizer, prompts, settings = policy.tokenizer, [], []
     for i, example in enumerate(examples):
-        talk = conversation(example, args)
-        text = policy.processor.apply_chat_template(
-            talk, tokenize=False, add_generation_prompt=True
-        )
+        (text,) = ask(policy.processor, [example], args, tokenize=False)
         begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         ids = tokenizer(text, add_special_tokens=not begun)["input_ids"] + prefixes[i]
-        image = {"image": talk[0]["content"][0]["image"]}
+        image = {"image": read_image(example)}
         for seed in seeds[i]:
-            owners.append(i)
             prompts.append({"prompt_token_ids": ids, "multi_modal_data": image})
             asked = SamplingParams(
                 temperature=temperatures[i],
@@ -1370,13 +1553,10 @@ def ask_engine(engine, policy, examples, seeds, temperatures, args, prefixes) ->
             )
             settings.append(asked)
     try:
-        outputs = engine.generate(prompts, settings, use_tqdm=False)
+        return engine.generate(prompts, settings, use_tqdm=False)
     except ValueError as error:
         why = str(error).splitlines()[0]
-        raise InputError(f"vLLM refuses a prompt ({why}); raise --max_prompt_tokens") from None
-    for i, output in zip(owners, outputs):
-        check_length(examples[i], len(output.prompt_token_ids) - len(prefixes[i]), args)
-    return outputs
+        raise InputError(f"vLLM refuses a prompt ({why}); use --engine transformers") from None
 
 
 def engine_generate(engine, policy, examples, seeds, temperatures, args, prefixes):
@@ -1708,7 +1888,7 @@ def drop_states(work, keep=""):
 @own_errors()
 def load_state(work, model, optimizer) -> dict:
     """Put the newest saved state into model and optimizer, on any number of ranks; its progress."""
-    progress = json.loads((work / "progress.json").read_text())
+    progress = read_json(work / "progress.json")
     reader = dcp.HuggingFaceStorageReader(str(work / f"batch_{progress['batch']:06d}"))
     dcp.load(training_tensors(model, optimizer), storage_reader=reader)
     return progress
@@ -1736,8 +1916,8 @@ def train(
     phase, "tokens", "loss" (summed over batches)}; saved in `work` every args.save_every steps.
     Raises InputError if the loss is not finite.
     """
-    if is_there(model_out):
-        return json.loads((work / "progress.json").read_text())
+    if is_made(model_out):
+        return read_json(work / "progress.json")
     work.mkdir(parents=True, exist_ok=True)
     policy = load_policy(policy_folder, args, training=True)
     if marks:

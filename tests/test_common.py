@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import shutil
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -125,6 +126,7 @@ def test_a_number_out_of_its_range_is_refused_by_name():
     common.check_ranges(evolve.Args(seed=0, warmup_steps=0, alpha=0.0, mixin=0.0, prm_refresh=0))
     for name, value in (
         ("samples", 0),
+        ("steps", 10**20),
         ("steps", -1),
         ("seed", -1),
         ("learning_rate", 0.0),
@@ -132,21 +134,29 @@ def test_a_number_out_of_its_range_is_refused_by_name():
         ("engine_memory", float("inf")),
         ("warmup_steps", -1),
     ):
-        with pytest.raises(common.InputError, match=rf"--{name} must be .*, found {value}"):
+        with pytest.raises(common.InputError, match=rf"--{name}: {value} is not above"):
             common.check_ranges(replace(evolve.Args(), **{name: value}))
-    with pytest.raises(common.InputError, match="--search_grid must be .*, found 0"):
+    with pytest.raises(common.InputError, match="--search_grid: 0.0 is not above 0"):
         common.check_ranges(evolve.Args(search_grid=[0.5, 0.0]))
 
 
 def test_flags_are_read_and_unknown_or_mistyped_ones_end_with_code_2(capsys):
     evolve = stage("03_self_evolve")
     line = "--samples 3 --temperature 0.7 --search_grid 0.5 1.0 --gradient_checkpointing --runs x"
-    args = common.parse_flags(evolve.Args, line.split())
+    args, given = common.parse_flags(evolve.Args, line.split())
+    names = {"samples", "temperature", "search_grid", "gradient_checkpointing", "runs"}
+    assert given == names
     assert (args.samples, args.temperature, args.runs) == (3, "0.7", "x")
     assert args.search_grid == [0.5, 1.0]
     assert args.gradient_checkpointing is True
-    assert common.parse_flags(evolve.Args, []) == evolve.Args()
-    for wrong in ("--no_such_flag 3", "--samples many", "--select best", "--samples 3.5"):
+    assert common.parse_flags(evolve.Args, []) == (evolve.Args(), set())
+    for wrong in (
+        "--no_such_flag 3",
+        "--sample 3",
+        "--samples many",
+        "--select best",
+        "--samples 3.5",
+    ):
         with pytest.raises(SystemExit) as end:
             common.parse_flags(evolve.Args, wrong.split())
         assert end.value.code == 2
@@ -197,7 +207,7 @@ def test_a_restart_makes_only_the_chunks_that_are_missing(tmp_path, finished):
     common.write_chunks(path, items, counted, chunked(2), "t")
     assert asked == [[0, 1], [2, 3], [4, 5], [6]]
     assert common.read_jsonl(path) == rows_of(items)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "digests.json"]
 
 
 def test_a_kill_while_the_chunks_are_joined_loses_no_chunk(tmp_path, monkeypatch):
@@ -281,7 +291,39 @@ def test_a_phase_of_one_rank_leaves_nothing_that_counts_until_it_is_whole(tmp_pa
     common.once(path, whole)
     assert sorted(p.name for p in path.iterdir()) == ["one", "two"]
     common.once(path, pytest.fail)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["digests.json", "out"]
+
+
+def test_an_output_that_is_not_as_it_was_made_is_refused(tmp_path):
+    path, folder = tmp_path / "a.jsonl", tmp_path / "model"
+    rows = [{"n": 1}, {"n": 2}, {"n": 3}]
+
+    def make(part):
+        """A model folder."""
+        part.mkdir()
+        (part / "model.safetensors").write_bytes(b"weights")
+
+    def start():
+        """Both phases."""
+        common.write_chunks(path, rows, list, chunked(2), "t")
+        common.once(folder, make)
+
+    start()
+    start()
+    whole = path.read_text()
+    path.write_text("".join(reversed(whole.splitlines(keepends=True))))
+    with pytest.raises(common.InputError, match="a.jsonl was changed since it was made"):
+        start()
+    path.write_text(whole)
+    (folder / "model.safetensors").write_bytes(b"weight")
+    with pytest.raises(common.InputError, match="model was changed since it was made"):
+        start()
+    shutil.rmtree(folder)
+    with pytest.raises(common.InputError, match="model was made and is gone"):
+        start()
+    (tmp_path / "digests.json").write_text("{")
+    with pytest.raises(common.InputError, match="digests.json is not a whole JSON object"):
+        start()
 
 
 @pytest.mark.parametrize("before", [None, [{"old": 1}]])
@@ -345,7 +387,10 @@ WITHOUT_QUESTION = {name: value for name, value in GOOD.items() if name != "ques
         (GOOD | {"answer": "x", "answer_type": "integer"}, "line 2: the answer 'x' "),
         (GOOD, "line 2: id 'a' stands already in"),
         (GOOD | {"id": "b", "image": "images/none.png"}, "none.png does not exist"),
-        (GOOD | {"id": "b", "image": "images/broken.png"}, "broken.png cannot be read"),
+        (GOOD | {"id": "b", "image": "images"}, "images does not exist, or is no file"),
+        (GOOD | {"choices": ["7", " "]}, 'line 2: field "choices"'),
+        (GOOD | {"question": "\ud800"}, 'line 2: field "question"'),
+        ("[" * 99999, "line 2: not JSON"),
         (GOOD | {"id": "b", "image": "../outside.png"}, "leaves the data folder"),
         (GOOD | {"id": "b", "image": "/etc/hostname"}, "leaves the data folder"),
     ],
@@ -354,7 +399,6 @@ def test_a_bad_record_is_refused_with_file_and_line(tmp_path, world, line, messa
     (tmp_path / "images").mkdir()
     image = next((world / "images").iterdir()).read_bytes()
     (tmp_path / "images/a.png").write_bytes(image)
-    (tmp_path / "images/broken.png").write_bytes(image[:60])
     second = line if isinstance(line, str) else json.dumps(line)
     path = write(tmp_path / "d.jsonl", json.dumps(GOOD) + "\n" + second + "\n")
     with pytest.raises(common.InputError) as error:
@@ -395,7 +439,7 @@ def opened(args, stage_name="01_warmup", **inputs):
         common.close_runs()
 
 
-def test_a_run_with_other_settings_is_refused_by_naming_them_and_overwrite_starts_anew(tmp_path):
+def test_a_run_with_other_settings_is_refused_by_naming_them(tmp_path):
     data = write(tmp_path / "d", "1")
     out = opened(settings(tmp_path / "r"), data=data)
     assert out == tmp_path / "r/01_warmup"
@@ -408,8 +452,16 @@ def test_a_run_with_other_settings_is_refused_by_naming_them_and_overwrite_start
     with pytest.raises(common.InputError, match="input data was"):
         opened(settings(tmp_path / "r"), data=data)
     assert (out / "samples.jsonl").exists()
-    assert opened(settings(tmp_path / "r", overwrite=True), data=data) == out
+
+
+def test_a_start_that_was_refused_before_its_first_phase_binds_nothing(tmp_path):
+    data = write(tmp_path / "d", "1")
+    out = opened(settings(tmp_path, seed=1), data=data)
+    common.write_chunks(out / "prompts/lengths.jsonl", [], list, chunked(2), "t")
+    data.write_text("2")
+    opened(settings(tmp_path, seed=2), data=data)
     assert sorted(p.name for p in out.iterdir()) == [".lock", "run.json"]
+    assert json.loads((out / "run.json").read_text())["flags"]["seed"] == 2
 
 
 def test_run_json_names_flags_and_inputs_as_they_were_settled(tmp_path):
@@ -421,29 +473,35 @@ def test_run_json_names_flags_and_inputs_as_they_were_settled(tmp_path):
     assert run["inputs"] == {"data": common.digest(tmp_path / "d")}
 
 
-def test_a_killed_overwrite_goes_on_and_nothing_else_starts_on_what_it_left(tmp_path, monkeypatch):
-    out = opened(settings(tmp_path))
-    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
-        (out / name).write_text("{}\n")
-
-    def killed(path, *given):
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(type(out), "unlink", killed)
-        opened(settings(tmp_path, overwrite=True))
-    with pytest.raises(common.InputError, match="made with other settings"):
-        opened(settings(tmp_path))
-    opened(settings(tmp_path, overwrite=True))
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "run.json"]
-
-
-def test_overwrite_does_not_delete_a_folder_that_is_no_run(tmp_path):
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "01_warmup").mkdir()
     (tmp_path / "01_warmup/thesis.txt").write_text("x")
-    with pytest.raises(common.InputError, match="will not delete"):
-        opened(settings(tmp_path, overwrite=True))
-    assert (tmp_path / "01_warmup/thesis.txt").exists()
+    with pytest.raises(common.InputError, match="holds files but no run.json"):
+        opened(settings(tmp_path))
+    (tmp_path / "01_warmup/run.json").write_text("")
+    with pytest.raises(common.InputError, match="run.json is not a whole JSON object"):
+        opened(settings(tmp_path))
+
+
+def test_a_stage_takes_what_it_is_not_given_from_the_stage_before_and_says_so(tmp_path, capsys):
+    warmup, prm = stage("01_warmup"), stage("02_train_prm")
+    data = write(tmp_path / "mine.jsonl", "1")
+    given = {"data": str(data), "instruction": "Why?", "system": "s", "runs": str(tmp_path / "r")}
+    out = opened(warmup.Args(device="cpu", **given), data=data)
+    assert out.parent == tmp_path / "r"
+    later = prm.Args(runs=given["runs"], instruction="How?")
+    common.inherit(later, {"runs", "instruction"}, "02_train_prm")
+    assert (later.data, later.instruction, later.system) == (str(data), "How?", "s")
+    assert later.val == prm.Args().val
+    said = capsys.readouterr().out
+    assert f"--data '{data}' is taken from {out / 'run.json'}" in said
+    assert "--instruction is 'How?', another than 'Why?' in" in said
+    elsewhere = stage("03_self_evolve").Args(policy=str(out / "model"), runs=str(tmp_path / "q"))
+    common.inherit(elsewhere, {"policy", "runs"}, "03_self_evolve")
+    assert elsewhere.instruction == "Why?"
+    first = warmup.Args(runs=given["runs"])
+    common.inherit(first, {"runs"}, "01_warmup")
+    assert first == warmup.Args(runs=given["runs"])
 
 
 def test_a_second_process_on_one_run_folder_is_refused(tmp_path):
@@ -456,13 +514,14 @@ def test_a_second_process_on_one_run_folder_is_refused(tmp_path):
 
 
 def test_flags_of_memory_and_speed_may_change_between_restarts_and_no_others(tmp_path):
-    opened(settings(tmp_path))
-    quicker = {"rows": 64, "micro_batch": 2, "chunk": 8, "save_every": 9, "max_prompt_tokens": 99}
+    out = opened(settings(tmp_path))
+    (out / "samples.jsonl").write_text("")
+    quicker = {"rows": 64, "micro_batch": 2, "chunk": 8, "save_every": 9}
     opened(settings(tmp_path, gradient_checkpointing=True, engine_memory=0.2, **quicker))
     for name, value in (("max_new_tokens", 81), ("dtype", "bfloat16"), ("freeze_vision", True)):
         with pytest.raises(common.InputError, match=f"flag {name} was .*, now {value!r}"):
             opened(settings(tmp_path, **{name: value}))
-    with pytest.raises(common.InputError, match="--micro_batch must be .*, found 0"):
+    with pytest.raises(common.InputError, match="--micro_batch: 0 is not above 0"):
         opened(settings(tmp_path, micro_batch=0))
 
 

@@ -39,30 +39,52 @@ def cut(path):
     path.write_bytes(picture()[:60])
 
 
-def test_of_many_images_a_sample_is_read_the_others_are_looked_for_and_read_when_used(tmp_path):
-    path = put(tmp_path, 4100)  # more than 4,096: every second one is read
-    cut(tmp_path / "images/1.png")
+def test_every_image_is_read_before_hours_are_spent(tmp_path, tiny, args):
+    path = put(tmp_path, 80)  # enough for worker processes
+    whole = tmp_path / "images/70.png"
+    cut(whole)
     examples = common.load_examples(path)
-    with pytest.raises(common.InputError, match="d.jsonl line 2: image .*1.png cannot be read"):
-        common.read_image(examples[1])
-    assert common.read_image(examples[0]).size == (24, 24)
-    cut(tmp_path / "images/2.png")
-    with pytest.raises(common.InputError, match="d.jsonl line 3: image .*2.png cannot be read"):
+    with pytest.raises(common.InputError, match="d.jsonl line 71: image .*70.png cannot be read"):
+        common.fitting(tmp_path / "out", tiny, args, examples)
+    whole.write_bytes(picture())
+    assert common.fitting(tmp_path / "out", tiny, args, examples) == [examples]
+    (tmp_path / "images/1.png").unlink()
+    with pytest.raises(common.InputError, match="line 2: image .*1.png does not exist"):
         common.load_examples(path)
-    for name, line in (("2.png", 3), ("1.png", 2)):
-        (tmp_path / "images" / name).unlink()
-        with pytest.raises(common.InputError, match=f"line {line}: image .*{name} does not exist"):
-            common.load_examples(path)
 
 
-def test_of_few_images_every_one_is_read(tmp_path):
-    path = put(tmp_path, 3)
-    for i in range(3):
-        whole = tmp_path / f"images/{i}.png"
-        cut(whole)
-        with pytest.raises(common.InputError, match=f"d.jsonl line {i + 1}: .* cannot be read"):
-            common.load_examples(path)
-        whole.write_bytes(picture())
+def test_over_long_prompts_are_left_out_and_listed_and_more_than_a_tenth_is_refused(
+    tmp_path, tiny, policy, args, capsys
+):
+    examples = common.load_examples(put(tmp_path, 20))
+    long = dict(examples[3], question="sum of row 1 " * 9)
+    files = [examples[:3] + [long] + examples[4:], examples[:1]]
+    usual, longer = (common.encode_prompts(policy, [e], args) for e in (examples[0], long))
+    lengths = [batch["input_ids"].shape[1] for batch in (usual, longer)]
+    args.max_prompt_tokens = lengths[1] - 1
+    kept = common.fitting(tmp_path / "a", tiny, args, *files)
+    assert kept == [examples[:3] + examples[4:], examples[:1]]
+    rows = common.read_jsonl(tmp_path / "a/prompts/lengths.jsonl")
+    assert [row["tokens"] for row in rows] == [lengths[i == 3] for i in range(20)] + lengths[:1]
+    assert [row["id"] for row in rows if not row["fits"]] == ["3"]
+    assert "1 of 20 prompts have more than --max_prompt_tokens" in capsys.readouterr().out
+    args.max_prompt_tokens = lengths[0] - 1
+    with pytest.raises(common.InputError, match="20 of 20 prompts have more .* raise the flag"):
+        common.fitting(tmp_path / "b", tiny, args, *files)
+
+
+def test_an_image_is_turned_as_its_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert common.read_image({"image": tmp_path / "a.jpg", "where": "d"}).size == (20, 40)
+
+
+@pytest.mark.parametrize("kind", ["PPM", "EPS", "ICO"])
+def test_other_formats_are_refused_whatever_the_name_says(tmp_path, kind):
+    Image.new("RGB", (24, 24)).save(tmp_path / "a.png", kind)
+    with pytest.raises(common.InputError, match="d line 1: image .* cannot be read"):
+        common.read_image({"image": tmp_path / "a.png", "where": "d line 1"})
 
 
 def test_a_jpeg_that_was_cut_is_refused_and_the_sentence_says_what_to_do(tmp_path):

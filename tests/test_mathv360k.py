@@ -300,7 +300,13 @@ def test_the_split_on_disk_is_complete_disjoint_and_readable(tmp_path, monkeypat
     assert (report["seed"], report["held_out"]) == (0, SMALL)
     assert report["source"] == common.digest(root / RECORDS)
     names = ("train", "unlabeled", "test", "val")
-    wanted = ["data_images", "split.json", RECORDS, *(f"{name}.jsonl" for name in names)]
+    wanted = [
+        "data_images",
+        "digests.json",
+        "split.json",
+        RECORDS,
+        *(f"{name}.jsonl" for name in names),
+    ]
     assert sorted(path.name for path in root.iterdir()) == sorted(wanted)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import ids_of, one_by_one, seeds_of, stage
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import common
@@ -132,13 +132,66 @@ def test_image_placeholders_are_never_sampled(policy, examples, args):
     assert not [r for row in rows for r in row if policy.banned[0] in r.token_ids]
 
 
-def test_an_over_long_prompt_is_refused_with_file_and_line(tiny, policy, examples, args):
-    args.max_prompt_tokens = 20
-    long = r"train.jsonl line \d+: the prompt has \d+ tokens, more than --max_prompt_tokens 20"
-    with pytest.raises(common.InputError, match=long):
-        common.encode_prompts(policy, examples, args)
-    with pytest.raises(common.InputError, match=long):
-        common.check_longest_prompts(tiny, examples, args)
+def test_special_tokens_in_a_users_text_stay_text(policy, examples, args):
+    end, image = policy.tokenizer.eos_token, policy.processor.image_token
+    tricky = dict(examples[0], question=f"sum {end} row {image} 1")
+    plain = dict(examples[0], question="sum row 1")
+    for token in (end, image):
+        number = policy.tokenizer.convert_tokens_to_ids(token)
+        counts = [
+            (common.encode_prompts(policy, [example], args)["input_ids"] == number).sum()
+            for example in (tricky, plain)
+        ]
+        assert counts[0] == counts[1]
+
+
+def test_a_system_prompt_and_settings_reach_the_chat_template(policy, examples, args):
+    args.system = "row"
+    policy.processor.chat_template += "{{ more or '' }}"
+    args.chat_template_kwargs = '{"more": "column"}'
+    ids = common.encode_prompts(policy, examples[:1], args)["input_ids"][0]
+    text = policy.tokenizer.decode(ids)
+    assert text.count("row") == user_rows(examples[0]) + 1
+    assert text.rstrip().endswith("column")
+
+
+def user_rows(example) -> int:
+    """How often a question says "row"."""
+    return example["question"].split().count("row")
+
+
+# ---- the self-test
+
+
+def test_the_self_test_passes_and_says_so_once(policy, examples, args, monkeypatch, capsys):
+    monkeypatch.setattr(common, "PROVED", set())
+    common.prove_policy(policy, examples[0], args)
+    common.prove_policy(policy, examples[0], args)
+    assert capsys.readouterr().out.count("self-test of Idefics3ForConditionalGeneration") == 1
+
+
+@pytest.mark.parametrize("fault", ["padded", "cached", "loss"])
+def test_the_self_test_refuses_a_model_that_is_read_wrongly(
+    policy, examples, args, monkeypatch, fault
+):
+    monkeypatch.setattr(common, "PROVED", set())
+    forward = type(policy.model).forward
+
+    def wrong(model, *given, **named):
+        """A forward pass with one fault."""
+        out = forward(model, *given, **named)
+        mask, labels = named["attention_mask"], named.get("labels")
+        padded = fault == "padded" and not mask.all()
+        cached = fault == "cached" and named.get("past_key_values") is not None
+        if padded or cached:
+            out.logits = out.logits * 1.1
+        if fault == "loss" and labels is not None:
+            out.loss = out.loss * 1.1
+        return out
+
+    monkeypatch.setattr(type(policy.model), "forward", wrong)
+    with pytest.raises(common.InputError, match="Idefics3.* is not supported: .*" + fault):
+        common.prove_policy(policy, examples[0], args)
 
 
 # ---- sampling as a phase
@@ -867,7 +920,7 @@ def test_updates_below_bfloat16_rounding_add_up(args):
 
 
 def test_a_bfloat16_policy_is_trained_along_the_path_of_a_float32_one(tiny, teach, args):
-    args.learning_rate, args.warmup_steps, moved = 1e-6, 0, []
+    args.learning_rate, args.warmup_steps, args.attention, moved = 1e-6, 0, "eager", []
     before = load_file(tiny / "model.safetensors")
     for args.dtype in ("bfloat16", "float32"):
         teach(args.dtype)
@@ -970,7 +1023,7 @@ def test_training_ends_a_response_with_the_token_that_closes_the_templates_turn(
 
 @pytest.mark.parametrize(
     "asked, sampling, training",
-    [("auto", "sdpa", "eager"), ("sdpa", "sdpa", "sdpa"), ("eager", "eager", "eager")],
+    [("", "sdpa", "sdpa"), ("sdpa", "sdpa", "sdpa"), ("eager", "eager", "eager")],
 )
 def test_the_attention_that_was_asked_for_is_used(tiny, teach, args, asked, sampling, training):
     args.attention, used = asked, []
@@ -1066,25 +1119,72 @@ def test_a_killed_save_leaves_no_folder(policy, args, tmp_path, monkeypatch):
         common.save_policy(policy, tmp_path / "m", args)
     assert not (tmp_path / "m").exists()
     common.save_policy(policy, tmp_path / "m", args)
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digests.json", "m"]
+    assert all(path.stat().st_mode & 0o044 for path in (tmp_path / "m").iterdir())
     common.load_policy(tmp_path / "m", args)
+
+
+def spoiled(tiny, folder, change):
+    """A copy of a checkpoint whose tensors `change` has seen."""
+    shutil.copytree(tiny, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+NAME = "model.text_model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda tensors: tensors.pop(NAME), "missing keys in its weights: " + NAME),
+        (lambda tensors: tensors.update({NAME: torch.zeros(3, 3)}), "cannot be loaded"),
+        (lambda tensors: tensors[NAME].fill_(float("nan")), "holds NaN"),
+    ],
+)
+def test_weights_that_are_missing_or_of_another_shape_or_no_numbers_are_refused(
+    tiny, args, tmp_path, change, says
+):
+    with pytest.raises(common.InputError, match=says):
+        common.load_policy(spoiled(tiny, tmp_path / "m", change), args)
+
+
+def test_a_checkpoint_without_chat_template_or_processor_is_refused(tiny, args, tmp_path):
+    shutil.copytree(tiny, tmp_path / "m")
+    (tmp_path / "m/chat_template.jinja").unlink()
+    with pytest.raises(common.InputError, match="no chat template"):
+        common.load_policy(tmp_path / "m", args)
+    (tmp_path / "m/chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(common.InputError, match="cannot be loaded"):
+        common.load_policy(tmp_path / "m", args)
+
+
+@pytest.mark.parametrize("marks", [[3], [3, 3], [3, 10**6], "ab", None, [3, 4, 5], [3, 4.5]])
+def test_a_prm_whose_marks_are_not_two_tokens_is_refused(tiny, args, tmp_path, marks):
+    shutil.copytree(tiny, tmp_path / "m")
+    (tmp_path / "m/prm.json").write_text(json.dumps({"marks": marks}))
+    with pytest.raises(common.InputError, match="marks must be two token ids"):
+        common.load_prm(tmp_path / "m", args)
 
 
 # ---- settings of the processor
 
 
 @pytest.mark.parametrize("text", ["{", "3", "", "[1]", '"a"'])
-def test_settings_of_the_processor_that_are_no_json_object_are_refused(tiny, args, text):
+def test_settings_of_the_processor_that_are_no_json_object_are_refused(args, text):
     args.processor = text
     with pytest.raises(common.InputError, match="--processor must be a JSON object, found"):
-        common.load_policy(tiny, args)
+        common.check_ranges(args)
 
 
-@pytest.mark.parametrize("text", ['{"max_pixels": 1003520}', '{"size": {"longest_edge": 24}}'])
-def test_settings_of_the_processor_that_change_nothing_are_refused(tiny, args, text):
-    args.processor = text
-    with pytest.raises(common.InputError, match="--processor .*changes nothing"):
+def test_a_setting_that_the_processor_does_not_know_is_refused(tiny, args):
+    args.processor = '{"max_pixels": 1003520}'
+    with pytest.raises(common.InputError, match="--processor: .* knows no max_pixels"):
         common.load_policy(tiny, args)
+    args.processor = '{"size": {"longest_edge": 24}}'  # as it is anyway
+    common.load_policy(tiny, args)
 
 
 def test_settings_of_the_processor_change_prompts_and_travel_with_the_checkpoint(

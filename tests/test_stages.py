@@ -239,6 +239,8 @@ def contents(cwd) -> dict:
             values = rows(path) if path.suffix == ".jsonl" else [json.loads(path.read_text())]
             for value in values:
                 value.pop("seconds", None)
+                if path.name == "digests.json":  # metrics.json holds seconds
+                    value.pop("metrics.json", None)
             found[name] = values
         elif path.name != ".lock":
             found[name] = path.read_bytes()
@@ -339,41 +341,6 @@ def test_an_interrupted_stage_says_so_in_a_line_and_goes_on(tmp_path, world):
     assert run(cwd, "01_warmup", *flags).returncode == 0
 
 
-def test_a_killed_overwrite_can_be_repeated_and_nothing_else_builds_on_what_it_left(
-    finished, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(finished[0])
-    out, remove = tmp_path / "01_warmup", shutil.rmtree
-    shutil.copytree("runs/toy/01_warmup", out)
-    inputs = {"data": "data/toy/train.jsonl", "model": "data/toy/base"}
-
-    def start(overwrite: bool):
-        flags = {"device": "cpu", "steps": 8, "samples": 6, "overwrite": overwrite}
-        try:
-            args = stage("01_warmup").Args(runs=str(tmp_path), **flags)
-            return common.open_run(args, "01_warmup", inputs)
-        finally:
-            common.close_runs()
-
-    def killed(path, *rest, **named):
-        remove(path, *rest, **named)
-        raise KeyboardInterrupt
-
-    start(overwrite=False)  # its flags are those of the run
-    monkeypatch.setattr(common.shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        start(overwrite=True)
-    monkeypatch.undo()
-    monkeypatch.chdir(finished[0])
-    left = {path.name for path in out.iterdir()}
-    assert len(left) > 2 or "run.json" in left  # something is left that one could build on
-    with pytest.raises(common.InputError, match="Use --overwrite or another --runs"):
-        start(overwrite=False)
-    start(overwrite=True)
-    assert {path.name for path in out.iterdir()} == {".lock", "run.json"}
-    start(overwrite=False)
-
-
 @pytest.mark.parametrize("kib", [40, 1500])  # samples do not fit; the training state does not
 def test_a_full_disk_loses_nothing_that_was_written(finished, tmp_path, world, kib):
     cwd, flags = place(tmp_path, world), ["--device", "cpu", *FLAGS["01_warmup"].split()]
@@ -396,7 +363,7 @@ def test_a_full_disk_loses_nothing_that_was_written(finished, tmp_path, world, k
     [
         ("01_warmup", "--steps 9", "flag steps was 8, now 9"),
         ("02_train_prm", "--runs other", "run 01_warmup.py first"),
-        ("03_self_evolve", "--interval 0", "error: --interval must be "),
+        ("03_self_evolve", "--interval 0", "error: --interval: 0.0 is not above 0"),
     ],
 )
 def test_errors_are_one_sentence_and_exit_code_1(finished, name, flags, says):
