@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+import types
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -583,6 +585,93 @@ def test_looking_less_often_changes_no_sample_and_no_weight(place):
         assert (often / name).read_bytes() == (seldom / name).read_bytes(), name
     looks = [["pass_at_k" in r for r in rows(out / "metrics.jsonl")] for out in (often, seldom)]
     assert looks == [[True, True, True], [False, False, True]]
+
+
+# ---- experiment trackers
+
+
+class Tracker(types.ModuleType):
+    """A package with the calls that wandb, trackio and swanlab share; it notes them."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.calls = []
+
+    def init(self, project, name, config):
+        """A run begins."""
+        self.calls.append((project, name, config["select"]))
+
+    def log(self, row, step):
+        """A row of a run."""
+        self.calls.append((step, row))
+
+    def finish(self):
+        """A run ends."""
+        self.calls.append("finish")
+
+
+class Writer:
+    """torch's SummaryWriter, as far as it is used; it notes what it is given."""
+
+    scalars: dict = {}
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def add_scalar(self, name, value, step):
+        """A figure."""
+        self.scalars[self.folder, step, name] = value
+
+    def close(self):
+        """The end."""
+        self.scalars["closed"] = self.folder
+
+
+def test_every_row_of_metrics_goes_to_the_trackers_and_a_restart_sends_the_first_ones_anew(
+    place, monkeypatch
+):
+    names = ("wandb", "swanlab")
+    trackers = {name: Tracker(name) for name in names}
+    for name, tracker in trackers.items():
+        monkeypatch.setitem(sys.modules, name, tracker)
+    board = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    improve, refused = evolve.improve, []
+
+    def stopping(folder, start, t, *rest):
+        if t == 2 and not refused:
+            refused.append(t)
+            raise KeyboardInterrupt
+        return improve(folder, start, t, *rest)
+
+    monkeypatch.setattr(evolve, "improve", stopping)
+    out = prepare("logged", place)
+    flags = {"runs": "runs/logged", "validate_every": 0, **SHORT}
+    with pytest.raises(KeyboardInterrupt):
+        evolve.main(evolve.Args(report_to="wandb,swanlab", **flags))
+    common.close_runs()
+    evolve.main(evolve.Args(report_to="wandb,tensorboard", **flags))  # another one may follow
+    metrics = rows(out / "03_self_evolve/metrics.jsonl")
+    sent, begun = [(row["iteration"], row) for row in metrics], ("m-star", "logged", "all")
+    assert trackers["swanlab"].calls == [begun, *sent[:2]]
+    assert trackers["wandb"].calls == [begun, *sent[:2], begun, *sent, "finish"]
+    board = "runs/logged/03_self_evolve/tensorboard"
+    scalars = {(board, step, name): value for step, row in sent for name, value in row.items()}
+    assert Writer.scalars == scalars | {"closed": board}
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [("wandb,mlflow", "mlflow: not wandb, trackio"), ("swanlab", "pip install swanlab")],
+)
+def test_a_tracker_that_is_unknown_or_missing_is_refused_before_any_sample(
+    place, monkeypatch, names, says
+):
+    monkeypatch.setitem(sys.modules, "wandb", Tracker("wandb"))
+    monkeypatch.setitem(sys.modules, "swanlab", None)  # as if it were not installed
+    with pytest.raises(common.InputError, match=says):
+        evolve_as("refused", place, report_to=names)
+    assert not list((place / "runs/refused/03_self_evolve").glob("iter_*"))
 
 
 # ---- step labels, chains

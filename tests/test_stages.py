@@ -487,3 +487,122 @@ def test_the_calibration_of_a_report_is_by_tenths_of_the_score():
     assert report["calibration"] == {"0.00": 0.0, "0.16": 0.5, "0.94": pytest.approx(2 / 3)}
     assert report["step_auc"] == pytest.approx(8 / 9)  # of 9 pairs one is wrong: 0.18 < 0.91
     assert report["step_auc_hard"] == 1.0 and report["steps"] == 6 and report["share_good"] == 0.5
+
+
+# ---- step labels from elsewhere, files for other tools
+
+TRAIN_PRM = {"runs": "runs/outside", "policy": "data/toy/base", "epochs": 1, "held_out": 0.3}
+TRAIN_PRM |= {"val_samples": 2, "max_new_tokens": 12, "batch_size": 8}
+
+
+def visual_prm(folder, count: int) -> list[dict]:
+    """Records in the published form of VisualPRM400K; every prompt has two responses."""
+    prompts = rows(folder / "data/toy/train.jsonl")
+    records = []
+    for number in range(count):
+        prompt = prompts[number // 2]
+        steps = [f"3 + {number % 4} = 7", "so  the\nanswer", "Answer : 7"]
+        scores = (1.0, 0.25 * (number % 4), number % 2)
+        scored = [
+            {"step": step, "score": score, "num_mc_correct": int(16 * score), "num_mc_total": 16}
+            for step, score in zip(steps, scores)
+        ]
+        record = {"image": f"../data/toy/{prompt['image']}", "answer": "7", "response": ""}
+        record |= {"question": f"<image>\n{prompt['question']}\nThink.", "num_mc_sequences": 16}
+        records.append(record | {"question_orig": prompt["question"], "steps_with_score": scored})
+    return records
+
+
+@pytest.fixture
+def outside(tmp_path, world):
+    """A working directory with a file of VisualPRM400K's form, 20 records, the last one broken."""
+    cwd = place(tmp_path, world)
+    records = visual_prm(cwd, 20)
+    records[-1]["image"] = "missing.png"
+    (cwd / "labels").mkdir()
+    common.write_jsonl(cwd / "labels/visual.jsonl", records)
+    return cwd
+
+
+def test_labels_of_visualprm_train_a_prm_without_a_sample_of_its_own(outside, monkeypatch):
+    in_process("02_train_prm", outside, monkeypatch, labels="labels/visual.jsonl", **TRAIN_PRM)
+    out = outside / "runs/outside/02_train_prm"
+    assert not list(out.glob("samples*")) and not list(out.glob("rollouts*"))
+    made, metrics = rows(out / "steps.jsonl"), json.loads((out / "metrics.json").read_text())
+    records, gold = visual_prm(outside, 19), rows(outside / "data/toy/train.jsonl")
+    assert len(made) == metrics["responses"] == 19 and metrics["left_out"] == 1
+    assert metrics["labelled_prompts"] == 10 and metrics["step_labels"] == 57
+    instruction = common.CommonArgs().instruction
+    for number, (row, record) in enumerate(zip(made, records)):
+        assert row["steps_with_score"] == record["steps_with_score"]
+        assert row["labels"] == [1.0, 0.25 * (number % 4), float(number % 2)]
+        assert row["completions"] == [step["step"] for step in record["steps_with_score"]]
+        assert row["prompt"] == f"{gold[number // 2]['question']}\n{instruction}"
+        assert os.path.samefile(row["image"], outside / "data/toy" / gold[number // 2]["image"])
+        assert len(row["ends"]) == 3 and row["ends"][-1] == len(row["token_ids"])
+    held = {row["id"] for row in made if row["held_out"]}
+    assert 0 < len(held) < 10 == len({row["id"] for row in made})
+    assert held.isdisjoint(row["id"] for row in made if not row["held_out"])
+    assert metrics["held_out"]["steps"] == 3 * sum(row["held_out"] for row in made)
+
+
+def test_steps_that_02_wrote_are_labels_for_another_run(outside, monkeypatch):
+    own = [
+        {"id": f"train-{number // 2:05d}", "steps_with_score": record["steps_with_score"]}
+        for number, record in enumerate(visual_prm(outside, 20))
+    ]
+    common.write_jsonl(outside / "labels/own.jsonl", own)
+    flags = {"label_kind": "hard", **TRAIN_PRM}
+    in_process("02_train_prm", outside, monkeypatch, labels="labels/own.jsonl", **flags)
+    out = outside / "runs/outside/02_train_prm"
+    first, again = rows(out / "steps.jsonl"), outside / "again.jsonl"
+    assert {row["id"] for row in first} == {f"train-{number:05d}" for number in range(10)}
+    assert {label for row in first for label in row["labels"]} == {0.0, 1.0}
+    shutil.copy(out / "steps.jsonl", again)
+    flags = TRAIN_PRM | {"label_kind": "hard", "runs": "runs/again"}
+    in_process("02_train_prm", outside, monkeypatch, labels=str(again), **flags)
+    assert rows(outside / "runs/again/02_train_prm/steps.jsonl") == first
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"image": "missing.png"},
+        {"image": None},
+        {"question": 7},
+        {"steps_with_score": []},
+        {"steps_with_score": 7},
+        {"steps_with_score": [{"step": " ", "score": 1.0}]},  # no step to be found again
+        {"steps_with_score": [{"step": "3 + 4 = 7", "score": 1.5}]},
+        {"steps_with_score": [{"step": "3 + 4 = 7", "score": float("nan")}]},
+        {"steps_with_score": [{"step": "3 + 4 = 7"}]},
+        {"steps_with_score": ["3 + 4 = 7"]},
+    ],
+)
+def test_labels_of_which_more_than_a_tenth_is_unusable_are_refused(outside, monkeypatch, broken):
+    records = visual_prm(outside, 20)
+    for number in (6, 9, 12):
+        records[number] |= broken
+    common.write_jsonl(outside / "labels/visual.jsonl", records)
+    says = r"labels/visual.jsonl line 7, and 3 of 20 in all, cannot be used"
+    with pytest.raises(common.InputError, match=says):
+        in_process("02_train_prm", outside, monkeypatch, labels="labels/visual.jsonl", **TRAIN_PRM)
+
+
+def test_labels_that_are_all_held_out_or_none_are_refused(outside, monkeypatch):
+    flags = TRAIN_PRM | {"labels": "labels/visual.jsonl"}
+    for share, held in ((1e-9, 0), (1.0, 19)):
+        says = f"holds {held} of 19 labelled responses out"
+        with pytest.raises(common.InputError, match=says):
+            in_process("02_train_prm", outside, monkeypatch, **flags | {"held_out": share})
+        shutil.rmtree(outside / "runs/outside")
+
+
+def test_the_prompts_of_the_prm_are_drawn_by_seed_from_the_whole_file(finished):
+    samples = rows(finished[0] / "runs/toy/02_train_prm/samples.jsonl")
+    drawn = list(dict.fromkeys(row["id"] for row in samples))
+    order = sorted(
+        (row["id"] for row in rows(finished[0] / "data/toy/train.jsonl")),
+        key=lambda prompt: common.seed_of(0, "prm-prompts", prompt),
+    )
+    assert drawn == order[:30] != sorted(drawn)
