@@ -222,11 +222,10 @@ def main(args: Args) -> None:
         raise InputError(f"none of {total} sampled responses is right; see {samples}")
 
     # Improve: SFT on the response tokens
-    loss_of, count_of = common.sft(by_id, args)
     batches = common.epoch_batches(len(kept), args.batch_size, args.steps, args.seed, "warmup")
-    how = {"loss_of": loss_of, "count_of": count_of, "args": args, "label": "01 train"}
-    trained = common.train(out / "model", args.model, out / "training", batches, kept, **how)
-    common.drop_states(out / "training")
+    work, how = out / "training", (*common.sft(by_id, args), args, "01 train")
+    trained = common.train(out / "model", args.model, work, batches, kept, *how)
+    common.drop_states(work)
 
     metrics = {"prompts": len(prompts), "samples": total, "right": right / total}
     metrics["prompts_with_a_right_sample"] = len({row["id"] for row in kept}) / len(prompts)

@@ -61,12 +61,8 @@ class Args(common.ScoringArgs):
     rollout_temperature: float = flag(
         0.5, "of the rollouts: lower asks if a careful policy succeeds"
     )
-    labels: str = flag(
-        "", "step labels made elsewhere, JSONL of VisualPRM400K or steps.jsonl; then none are made"
-    )
-    label_kind: Literal["soft", "hard"] = flag(
-        "soft", "share of right completions, or whether any is"
-    )
+    labels: str = flag("", "step labels that are there: JSONL of VisualPRM400K or steps.jsonl")
+    label_kind: Literal["soft", "hard"] = flag("soft", "share of right completions, or if any is")
     held_out: float = flag(
         0.15, "share of the prompts, drawn by seed, whose step labels only measure"
     )
@@ -339,25 +335,24 @@ def make_prm(out, policy, args):
 
     # Train: the PRM f starts from the policy
     rows = Lines(out / "steps.jsonl")
-    fit = [i for i, row in enumerate(rows) if not row["held_out"]]
-    if not 0 < len(fit) < len(rows):
+    held = [i for i, row in enumerate(rows) if row["held_out"]]
+    fit = sorted(set(range(len(rows))) - set(held))
+    if not held or not fit:
         raise InputError(
-            f"--held_out {args.held_out} holds {len(rows) - len(fit)} of {len(rows)} labelled "
-            "responses out; some must be held out and some trained on: change it, or raise "
-            "--prompts or --samples, and --overwrite"
+            f"--held_out {args.held_out} holds {len(held)} of {len(rows)} labelled responses out; "
+            "change it, or raise --prompts or --samples, and --overwrite"
         )
     steps = -(-len(fit) // args.batch_size) * args.epochs
     order = common.epoch_batches(len(fit), args.batch_size, steps, args.seed, "prm")
     batches = [[fit[i] for i in batch] for batch in order]
     bare = replace(args, instruction="")  # which stands in the prompts of the rows
-    how = {"loss_of": partial(prm_loss, args=bare), "count_of": step_count, "args": args}
-    how |= {"label": "02 train", "marks": marks}
     model, work = out / "model", out / "training"
-    trained = common.train(model, policy, work, batches, rows, **how)
+    how = (partial(prm_loss, args=bare), step_count, args, "02 train")
+    trained = common.train(model, policy, work, batches, rows, *how, marks=marks)
     common.drop_states(work)
 
     # Judge, on prompts it was not trained on
-    score_held_out(out, rows, bare)
+    score_held_out(out, rows, held, bare)
     with common.Sampler(policy, args, prm=model) as sampler:
         path = out / "val_samples.jsonl"
         sampler.sample(path, val, args.val_samples, args.temperature, "prm-val")
@@ -395,9 +390,8 @@ def cut(samples, tokenizer, part):
         )
 
 
-def score_held_out(out, rows, args):
-    """Phase: the PRM's scores of the steps of held-out responses; rows: of steps.jsonl."""
-    held = [i for i, row in enumerate(rows) if row["held_out"]]
+def score_held_out(out, rows, held, args):
+    """Phase: the PRM's scores of the steps of held-out responses; held: places in the rows."""
     prm = cache(partial(common.load_prm, out / "model", args))  # loaded when first called
 
     def produce(places):

@@ -104,9 +104,7 @@ class Args(common.ScoringArgs):
     batch_size: int = flag(16, "responses per optimizer step")
     learning_rate: float = flag(7e-5, "peak learning rate")
     warmup_steps: int = flag(20, "steps of linear warm-up, once; then it is constant", above=-1)
-    report_to: str = flag(
-        "none", "also send metrics.jsonl to wandb, trackio, swanlab or tensorboard; commas between"
-    )
+    report_to: str = flag("none", "trackers: wandb, trackio, swanlab, tensorboard; comma between")
 
 
 # ---- generate
@@ -267,12 +265,10 @@ def improve(folder, start, t, iterations, by_id, args):
     rows = Lines(folder / "selected.jsonl")
     done, steps = (args.steps * i // iterations for i in (t - 1, t))
     batches = common.epoch_batches(len(rows), args.batch_size, steps - done, args.seed, "evolve", t)
-
     policy, state = starts_from(t, start, folder.parent, args)
-    loss_of, count_of = common.sft(by_id, args)
-    how = {"loss_of": loss_of, "count_of": count_of, "args": args, "label": f"03 improve {t}"}
     model, work = folder / "model", folder / "training"
-    progress = common.train(model, policy, work, batches, rows, **how, state=state)
+    how = (*common.sft(by_id, args), args, f"03 improve {t}")
+    progress = common.train(model, policy, work, batches, rows, *how, state=state)
     return {
         "lr": common.learning_rate(progress["step"] - 1, args.learning_rate, args.warmup_steps),
         "trained": len(set().union(*batches)),
@@ -318,13 +314,11 @@ def best_temperature(curve, objective, current) -> float:
     >>> best_temperature(curve, "pass_at_k", current=0.5)
     0.6
     """
-
-    def order(point):
-        """What the best has least of."""
+    order = []
+    for point in curve:
         T = point["temperature"]
-        return -point[objective], round(abs(T - current), 6), T
-
-    return min(curve, key=order)["temperature"]
+        order.append((-point[objective], round(abs(T - current), 6), T))
+    return min(order)[-1]
 
 
 def adapt(policy, prm, val, folder, t, current, args):

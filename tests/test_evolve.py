@@ -151,7 +151,7 @@ def test_training_methods_differ_in_start_weights_moments_and_schedule_and_nowhe
         made.append((model, make_optimizer(model)))
         return made[-1][1]
 
-    def watched(model_out, folder, work, batches, rows, *, loss_of, args, state, **how):
+    def watched(model_out, folder, work, batches, rows, loss_of, *rest, state=None):
         found = []
 
         def watching(policy, part):
@@ -161,10 +161,10 @@ def test_training_methods_differ_in_start_weights_moments_and_schedule_and_nowhe
             return loss_of(policy, part)
 
         drawn = [[(rows[i]["id"], rows[i]["token_ids"]) for i in batch] for batch in batches]
-        given = (model_out, folder, work, batches, rows)
-        progress = train(*given, loss_of=watching, args=args, state=state, **how)
+        given = (model_out, folder, work, batches, rows, watching, *rest)
+        progress = train(*given, state=state)
         after = [weights_of(made[-1][0]), moments_of(*made[-1])]
-        seen.setdefault(args.method, []).append(Phase(folder, state, drawn, *found, *after))
+        seen.setdefault(rest[1].method, []).append(Phase(folder, state, drawn, *found, *after))
         return progress
 
     monkeypatch.setattr(common, "make_optimizer", making)
