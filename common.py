@@ -886,6 +886,8 @@ def save_policy(policy, path, args):
         """The whole folder; what an earlier start left of it goes."""
         shutil.rmtree(part, ignore_errors=True)
         model.save_pretrained(part, state_dict=weights)
+        if policy.tokenizer.is_fast:  # it remembers how the last batch was padded, if there was one
+            policy.tokenizer.backend_tokenizer.no_padding()
         policy.processor.save_pretrained(part)
         if isinstance(policy, Prm):
             write_json(part / "prm.json", {"marks": policy.marks})
