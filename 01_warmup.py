@@ -2,7 +2,8 @@
 
 Reads   data/toy/train.jsonl (labelled prompts), data/toy/base/ (a vision-language checkpoint)
 Writes  runs/toy/01_warmup/samples.jsonl  every sampled response, checked
-                           sft.jsonl      the right ones, each once per prompt: the training data
+                           sft.jsonl      the right ones, each once per prompt: the training data,
+                                          as TRL and ms-swift read it
                            model/         the warmed-up policy, a plain Hugging Face folder
                            metrics.json   what happened
 
@@ -209,7 +210,8 @@ def main(args: Args) -> None:
         base.sample(samples, prompts, n=args.samples, temperature=args.temperature, purpose="train")
 
     # Select: right final answers, binary reward 1(a* = a)
-    selected = keep_right(common.stream_jsonl(samples), args.keep)
+    best = keep_right(common.stream_jsonl(samples), args.keep)
+    selected = (common.sft_row(row, by_id[row["id"]], args) for row in best)
     once(out / "sft.jsonl", lambda part: write_jsonl(part, selected))
     kept = common.Lines(out / "sft.jsonl")
     right = sum(row["correct"] for row in common.stream_jsonl(samples))
@@ -217,19 +219,10 @@ def main(args: Args) -> None:
         raise InputError(f"none of {total} sampled responses is right; see {samples}")
 
     # Improve: SFT on the response tokens
-    def sft_of(policy, rows):
-        """Summed loss of some rows of sft.jsonl, and how many tokens it is over."""
-        examples = [by_id[row["id"]] for row in rows]
-        return common.sft_loss(policy, examples, [row["token_ids"] for row in rows], args)
-
-    def tokens_of(row):
-        """The tokens of a response and its closing EOS."""
-        return len(row["token_ids"]) + 1
-
     batches = common.epoch_batches(len(kept), args.batch_size, args.steps, args.seed, "warmup")
-    how = {"loss_of": sft_of, "count_of": tokens_of, "args": args, "label": "01 train"}
-    trained = common.train(out / "model", args.model, out / "training", batches, kept, **how)
-    common.drop_states(out / "training")
+    work, how = out / "training", (*common.sft(by_id, args), args, "01 train")
+    trained = common.train(out / "model", args.model, work, batches, kept, *how)
+    common.drop_states(work)
 
     metrics = {"prompts": len(prompts), "samples": total, "right": right / total}
     metrics["prompts_with_a_right_sample"] = len({row["id"] for row in kept}) / len(prompts)

@@ -13,7 +13,8 @@ Writes  runs/toy/02_train_prm/samples.jsonl      responses of the warm-up policy
 A step's label comes from --rollouts completions that start at the step's exact end, inside the
 assistant turn; the last step is judged by the answer check. The score of a step is
 sigmoid(logit(good) - logit(bad)) of two ordinary tokens, read at the step's last token, so the PRM
-has no extra head and any engine can serve it.
+has no extra head and any engine can serve it. With --labels FILE the first three files are not
+made: its records become steps.jsonl.
 
 Departures from the paper:
 1. Prompts whose samples are all right or all wrong get no rollouts: they tell no step from another.
@@ -25,52 +26,27 @@ Departures from the paper:
     torchrun --nproc-per-node 8 02_train_prm.py --data my/train.jsonl --val my/val.jsonl
 """
 
-import time
+import os
+import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score
 from transformers import AutoTokenizer
 
-from common import (
-    InputError,
-    Lines,
-    Sampler,
-    ScoringArgs,
-    append_tokens,
-    by_id_of,
-    by_prompt,
-    distinct,
-    drop_states,
-    encode_prompts,
-    epoch_batches,
-    fitting,
-    flag,
-    load_checker,
-    load_examples,
-    load_prm,
-    once,
-    open_run,
-    run_stage,
-    score_steps,
-    step_ends,
-    step_logits,
-    stream_jsonl,
-    train,
-    write_chunks,
-    write_json,
-    write_jsonl,
-)
+import common
+from common import InputError, Lines, flag, once, seed_of, step_ends, stream_jsonl, write_jsonl
 
 
 @dataclass
-class Args(ScoringArgs):
+class Args(common.ScoringArgs):
     """Flags of stage 02."""
 
     data: str = flag("data/toy/train.jsonl", "labelled prompts, JSONL")
@@ -78,15 +54,18 @@ class Args(ScoringArgs):
         "", "policy that is judged and becomes the PRM; empty: the warm-up of --runs"
     )
     val: str = flag("data/toy/val.jsonl", "prompts on which the PRM is judged, never trained on")
-    prompts: int = flag(1000, "labelled prompts to sample from, the first of the file")
+    prompts: int = flag(1000, "labelled prompts to sample from, drawn by seed")
     samples: int = flag(4, "responses sampled per prompt")
     rollouts: int = flag(4, "completions from every step prefix")
     temperature: float = flag(1.0, "sampling temperature of the responses")
     rollout_temperature: float = flag(
         0.5, "of the rollouts: lower asks if a careful policy succeeds"
     )
-    labels: Literal["soft", "hard"] = flag("soft", "share of right completions, or whether any is")
-    held_out: float = flag(0.15, "share of the prompts whose step labels only measure")
+    labels: str = flag("", "step labels that are there: JSONL of VisualPRM400K or steps.jsonl")
+    label_kind: Literal["soft", "hard"] = flag("soft", "share of right completions, or if any is")
+    held_out: float = flag(
+        0.15, "share of the prompts, drawn by seed, whose step labels only measure"
+    )
     val_samples: int = flag(8, "responses per val prompt")
     good: str = flag("+", "token whose logit says that a step is good")
     bad: str = flag("-", "token whose logit says that a step is bad")
@@ -115,72 +94,150 @@ def mark_ids(tokenizer, good, bad) -> tuple[int, int]:
 
 
 def mixed_responses(rows):
-    """Per prompt that has right and wrong samples, its distinct finished responses.
+    """The distinct finished responses to prompts that have right and wrong samples.
 
     >>> rows = [{"id": p, "token_ids": [t], "correct": c, "finished": True}
     ...         for p, t, c in (("a", 1, True), ("a", 1, True), ("a", 2, False), ("b", 3, True))]
-    >>> [[row["token_ids"] for row in group] for group in mixed_responses(rows)]
-    [[[1], [2]]]
+    >>> [row["token_ids"] for row in mixed_responses(rows)]
+    [[1], [2]]
     """
-    for _, samples in by_prompt(rows):
+    for _, samples in common.by_prompt(rows):
         if len({row["correct"] for row in samples}) == 2:
-            yield [row for row in distinct(samples) if row["finished"]]
+            yield from (row for row in common.distinct(samples) if row["finished"])
 
 
-def step_prefixes(responses, tokenizer) -> list[dict]:
-    """A prompt's distinct proper step prefixes; a whole response is judged by the answer check."""
-    prefixes = {}
-    for row in responses:
-        ids = row["token_ids"]
-        for end in step_ends(ids, tokenizer)[:-1]:
-            prefixes[tuple(ids[:end])] = {"id": row["id"], "prefix": ids[:end]}
-    return list(prefixes.values())
+def step_prefixes(responses, tokenizer):
+    """The distinct proper step prefixes of responses; a whole one is judged by the answer check."""
+    prefixes = (
+        {"id": row["id"], "token_ids": row["token_ids"][:end]}
+        for row in responses
+        for end in step_ends(row["token_ids"], tokenizer)[:-1]
+    )
+    for _, rows in common.by_prompt(prefixes):
+        yield from common.distinct(rows)
 
 
-def label_steps(row, right: Counter, n, tokenizer) -> dict:
-    """One response with its steps: where each ends, its text, its soft and its hard label.
+def labelled_responses(samples, rollouts, by_id, tokenizer, args):
+    """Rows of steps.jsonl; a step's score is the share of right completions that begin with it.
 
-    right: how many completions of each prefix are right. soft = right completions / n; hard = 1 if
-    any is right (Math-Shepherd). The last step is judged by the answer check of the response.
+    The last step is judged by the answer check of the response.
     """
-    ids = row["token_ids"]
-    ends = step_ends(ids, tokenizer)
-    shares = [right[tuple(ids[:end])] / n for end in ends[:-1]] + [float(row["correct"])]
+    right = Counter()
+    for row in rollouts:
+        right[seed_of(row["id"], row["token_ids"][: row["prefix_length"]])] += row["correct"]
+    for row in mixed_responses(samples):
+        ids, steps = row["token_ids"], []
+        ends = step_ends(ids, tokenizer)
+        for start, end in zip([0, *ends], ends):
+            correct, total = right[seed_of(row["id"], ids[:end])], args.rollouts
+            if end == ends[-1]:
+                correct, total = int(row["correct"]), 1
+            step = {"step": tokenizer.decode(ids[start:end]).strip(), "score": correct / total}
+            steps.append(step | {"num_mc_correct": correct, "num_mc_total": total})
+        if steps:
+            yield step_row(by_id[row["id"]], row, steps, ids, ends, args)
+
+
+def step_row(example, row, steps, token_ids, ends, args) -> dict:
+    """A row of steps.jsonl: TRL's prompt, completions and labels, VisualPRM's steps_with_score.
+
+    row: of the response. The score is the soft label; the hard one is 1 if any completion is right
+    (Math-Shepherd). Whether a prompt is held out is a draw of its own by seed.
+    """
+    draw = random.Random(seed_of(args.seed, "held_out", example["id"])).random()
+    labels = [step["score"] for step in steps]
+    if args.label_kind == "hard":
+        labels = [float(share > 0) for share in labels]
     return {
-        "id": row["id"],
-        "sample": row["sample"],
-        "steps": [tokenizer.decode(ids[a:b]).strip() for a, b in zip([0, *ends], ends)],
-        "soft": shares,
-        "hard": [float(share > 0) for share in shares],
+        "id": example["id"],
+        "sample": row.get("sample", 0),
+        "image": example["image"],
+        "prompt": common.user_text(example, args.instruction),
+        "completions": [step["step"] for step in steps],
+        "labels": labels,
+        "steps_with_score": steps,
         "ends": ends,
-        "token_ids": ids,
+        "token_ids": token_ids,
+        "held_out": draw < args.held_out,
     }
 
 
-def labelled_responses(samples, rollouts, n, tokenizer, held):
-    """Rows of steps.jsonl; the rollouts are n per prefix, in the order of the prefixes."""
-    rollouts = iter(rollouts)
-    for responses in mixed_responses(samples):
-        own = islice(rollouts, n * len(step_prefixes(responses, tokenizer)))
-        own = [row for row in own if row["correct"]]
-        right = Counter(tuple(row["token_ids"][: row["prefix_length"]]) for row in own)
-        for row in responses:
-            if step_ends(row["token_ids"], tokenizer):
-                yield label_steps(row, right, n, tokenizer) | {"held_out": row["id"] in held}
+# ---- or labels from elsewhere
+
+
+def outside_row(record, known, tokenizer, args) -> dict | None:
+    """A record of --labels as a row of steps.jsonl, or None if it cannot be used.
+
+    It is one of VisualPRM400K, image relative to the file, or names a prompt of --data by its id.
+    """
+    match record:
+        case {"image": str(image), "question": str(question), "steps_with_score": [_, *_] as steps}:
+            question = (record.get("question_orig") or question).replace("<image>", "").strip()
+            path = Path(args.labels).resolve().parent / image
+            example = {"id": f"{seed_of(image, question):012x}", "image": str(path)}
+            example |= {"question": question, "choices": None}
+        case {"id": str(prompt), "steps_with_score": [_, *_] as steps} if prompt in known:
+            example = known[prompt]
+        case _:
+            return None
+    if not all(map(is_step, steps)) or not os.path.isfile(example["image"]):
+        return None
+    encoded = common.encode_steps([step["step"] for step in steps], tokenizer)
+    return encoded and step_row(example, record, steps, *encoded, args)
+
+
+def is_step(step) -> bool:
+    """Whether a step of --labels has a text and a score from 0 to 1."""
+    match step:
+        case {"step": str(), "score": int(score) | float(score)}:
+            return 0 <= score <= 1
+    return False
+
+
+def read_labels(known, tokenizer, args, part):
+    """Phase: the usable records of --labels; raises InputError if more than a tenth is not."""
+
+    def rows():
+        """The row of every record, or None."""
+        for record in stream_jsonl(args.labels):
+            yield outside_row(record, known, tokenizer, args)
+
+    write_jsonl(part, filter(None, rows()))
+    total = len(Lines(args.labels))
+    unusable = total - len(Lines(part))
+    if unusable > total / 10:
+        first = list(rows()).index(None) + 1
+        raise InputError(
+            f"{args.labels} line {first}, and {unusable} of {total} in all, cannot be used: needs "
+            "a question and an image that is there, or the id of a prompt of --data, and "
+            "steps_with_score with texts that are not empty and scores from 0 to 1"
+        )
 
 
 # ---- train
 
 
-def prm_loss(prm, examples, rows, labels, args) -> tuple[torch.Tensor, int]:
+def prompt_of(row) -> dict:
+    """The prompt of a row of steps.jsonl as an example: its text holds choices and instruction."""
+    where = f"steps.jsonl, prompt {row['id']}"
+    return {"where": where, "image": row["image"], "question": row["prompt"], "choices": None}
+
+
+def prm_loss(prm, rows, args) -> tuple[torch.Tensor, int]:
     """Summed binary cross-entropy at the end of every step of the rows, and the number of steps."""
-    prompts = encode_prompts(prm, examples, args)
-    batch = append_tokens(prompts, [row["token_ids"] for row in rows], prm.pad_id)  # (B, L + W)
+    prompts = common.encode_prompts(prm, [prompt_of(row) for row in rows], args)
+    tails = [row["token_ids"] for row in rows]
+    batch = common.append_tokens(prompts, tails, prm.pad_id)  # (B, L + W)
     ends = [row["ends"] for row in rows]
     width = prompts["input_ids"].shape[1]
-    logits = step_logits(prm, batch | {"use_cache": False}, ends, width)  # (S,)
-    wanted = torch.tensor([y for row in rows for y in row[labels]], device=logits.device)  # (S,)
+    logits = common.step_logits(prm, batch | {"use_cache": False}, ends, width)  # (S,)
+    wanted = torch.tensor([y for row in rows for y in row["labels"]], device=logits.device)  # (S,)
     return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum"), len(wanted)
+
+
+def step_count(row) -> int:
+    """The labelled steps of a row."""
+    return len(row["ends"])
 
 
 # ---- judge
@@ -191,31 +248,23 @@ def auc(positive, scores):
     return float(roc_auc_score(positive, scores)) if len(set(positive)) == 2 else None
 
 
-def step_report(rows):
-    """How the PRM does on held-out step labels; rows: {"soft", "hard", "score"}.
+def step_report(steps):
+    """How the PRM does on held-out step labels; steps: (soft label, score) pairs.
 
     step_auc: chance that a step from which most completions are right outscores one from which most
-    are wrong; None if all are good or all bad. calibration: mean label in each tenth of the score
-    range; their weighted distance is calibration_error.
+    are wrong; None if all are good or all bad. calibration: by mean score in each tenth of the
+    range, the share of good steps. brier: mean squared distance of score and soft label.
     """
-    good = [row["soft"] >= 0.5 for row in rows]
-    scores = [row["score"] for row in rows]
-    table = []
-    error = 0.0
-    for tenth in range(10):
-        inside = [row for row in rows if min(int(row["score"] * 10), 9) == tenth]
-        if inside:
-            n = len(inside)
-            score, soft = (sum(row[key] for row in inside) / n for key in ("score", "soft"))
-            table.append({"score": round(score, 3), "soft": round(soft, 3), "steps": n})
-            error += abs(score - soft) * n / len(rows)
+    soft, scores = np.array(steps).T  # (S,) each
+    good = soft >= 0.5  # (S,)
+    shares, means = calibration_curve(good, scores, n_bins=10)
     return {
-        "steps": len(rows),
-        "share_good": sum(good) / max(len(rows), 1),
+        "steps": len(steps),
+        "share_good": good.mean(),
         "step_auc": auc(good, scores),
-        "step_auc_hard": auc([row["hard"] > 0 for row in rows], scores),
-        "calibration_error": error,
-        "calibration": table,
+        "step_auc_hard": auc(soft > 0, scores),
+        "brier": ((scores - soft) ** 2).mean(),
+        "calibration": {f"{mean:.2f}": share for mean, share in zip(means, shares)},
     }
 
 
@@ -227,9 +276,9 @@ def chain_report(rows, by_id, checker):
     judged = 0
     sound = 0
     wins = []  # 1 of a pair that is ranked as it should be, 0.5 of a tie
-    for prompt, samples in by_prompt(rows):
+    for prompt, samples in common.by_prompt(rows):
         rewards = {True: [], False: [], None: []}
-        for row in distinct(samples):
+        for row in common.distinct(samples):
             if row["correct"]:
                 rewards[checker(row["response"], by_id[prompt])].append(row["reward"])
         right, wrong = rewards[True], rewards[False]
@@ -247,20 +296,17 @@ def chain_report(rows, by_id, checker):
 def judge(out, by_id, checker):
     """The figures of the labels and of the PRM, from the files of the phases."""
     rows = Lines(out / "steps.jsonl")
-    soft = [share for row in rows for share in row["soft"]]
-    hard = [any_right for row in rows for any_right in row["hard"]]
+    soft = np.array([step["score"] for row in rows for step in row["steps_with_score"]])
     measured = []
     for row in stream_jsonl(out / "held_out.jsonl"):
-        for step in zip(row["soft"], row["hard"], row["scores"]):
-            measured.append(dict(zip(("soft", "hard", "score"), step)))
+        measured += zip([step["score"] for step in row["steps_with_score"]], row["scores"])
     val = [(row["correct"], row["reward"]) for row in stream_jsonl(out / "val_samples.jsonl")]
     return {
-        "mixed_prompts": len({row["id"] for row in rows}),
+        "labelled_prompts": len({row["id"] for row in rows}),
         "responses": len(rows),
-        "prefixes": len(Lines(out / "prefixes.jsonl")),
         "step_labels": len(soft),
-        "mean_soft": sum(soft) / len(soft),
-        "mean_hard": sum(hard) / len(hard),
+        "mean_soft": soft.mean(),
+        "mean_hard": (soft > 0).mean(),
         "held_out": step_report(measured),
         "response_auc": auc(*zip(*val)),
         "chains": chain_report(stream_jsonl(out / "val_samples.jsonl"), by_id, checker),
@@ -272,76 +318,71 @@ def judge(out, by_id, checker):
 
 def make_prm(out, policy, args):
     """The phases of the stage, in folder `out`: sample, cut, roll out, label, train, judge."""
-    clock = time.time()
-    checker = load_checker(args.chain_checker)
-    files = load_examples(args.data), load_examples(args.val)
-    examples, val = fitting(out, policy, args, *files)
-    examples = examples[: args.prompts]
-    by_id = by_id_of(examples, val)
-    held = {example["id"] for example in examples[: int(len(examples) * args.held_out)]}
-    if not 0 < len(held) < len(examples):
-        raise InputError(
-            f"--held_out {args.held_out} of {len(examples)} prompts holds {len(held)} out; "
-            "some must be held out and some trained on"
-        )
+    checker = common.load_checker(args.chain_checker)
+    files = common.load_examples(args.data), common.load_examples(args.val)
+    by_id = common.by_id_of(*files)
+    examples, val = common.fitting(out, policy, args, *files)
+    # A published file is grouped by source.
+    examples.sort(key=lambda example: seed_of(args.seed, "prm-prompts", example["id"]))
+    drawn = examples[: args.prompts]
     tokenizer = AutoTokenizer.from_pretrained(policy, trust_remote_code=args.trust_remote_code)
     marks = mark_ids(tokenizer, args.good, args.bad)
-
-    # Sample responses, cut them into steps, complete every step prefix, label the steps
-    with Sampler(policy, args) as sampler:
-        sampler.sample(out / "samples.jsonl", examples, args.samples, args.temperature, "prm")
-        once(out / "prefixes.jsonl", partial(cut, out, tokenizer))
-        prefixes = Lines(out / "prefixes.jsonl", "prefix")
-        begun = [by_id[row["id"]] for row in stream_jsonl(out / "prefixes.jsonl")]
-        n, heat = args.rollouts, args.rollout_temperature
-        sampler.sample(out / "rollouts.jsonl", begun, n, heat, "rollout", prefixes=prefixes)
-    once(out / "steps.jsonl", partial(label, out, tokenizer, held, args.rollouts))
+    if args.labels:
+        known = common.by_id_of(examples)
+        once(out / "steps.jsonl", partial(read_labels, known, tokenizer, args))
+    else:
+        label_rollouts(out, policy, drawn, by_id, tokenizer, args)
 
     # Train: the PRM f starts from the policy
     rows = Lines(out / "steps.jsonl")
-    fit = [i for i, row in enumerate(rows) if not row["held_out"]]
-    if not fit:
+    held = [i for i, row in enumerate(rows) if row["held_out"]]
+    fit = sorted(set(range(len(rows))) - set(held))
+    if not held or not fit:
         raise InputError(
-            "every prompt with right and wrong samples is held out, so nothing can be trained on; "
-            "lower --held_out or raise --prompts or --samples, in another --runs"
+            f"--held_out {args.held_out} holds {len(held)} of {len(rows)} labelled responses out; "
+            "change it, or raise --prompts or --samples, in another --runs"
         )
     steps = -(-len(fit) // args.batch_size) * args.epochs
-    order = epoch_batches(len(fit), args.batch_size, steps, args.seed, "prm")
+    order = common.epoch_batches(len(fit), args.batch_size, steps, args.seed, "prm")
     batches = [[fit[i] for i in batch] for batch in order]
-
-    def loss_of(prm, part):
-        """The PRM's loss of a few labelled responses."""
-        return prm_loss(prm, [by_id[row["id"]] for row in part], part, args.labels, args)
-
-    def count_of(row):
-        """The labelled steps of a response."""
-        return len(row["ends"])
-
+    bare = replace(args, instruction="")  # which stands in the prompts of the rows
     model, work = out / "model", out / "training"
-    progress = train(
-        model, policy, work, batches, rows, loss_of, count_of, args, "02 train", marks=marks
-    )
-    drop_states(work)
+    how = (partial(prm_loss, args=bare), step_count, args, "02 train")
+    trained = common.train(model, policy, work, batches, rows, *how, marks=marks)
+    common.drop_states(work)
 
     # Judge, on prompts it was not trained on
-    score_held_out(out, rows, by_id, args)
-    with Sampler(policy, args, prm=model) as sampler:
+    score_held_out(out, rows, held, bare)
+    with common.Sampler(policy, args, prm=model) as sampler:
         path = out / "val_samples.jsonl"
         sampler.sample(path, val, args.val_samples, args.temperature, "prm-val")
-
-    def report(part):
-        """Every figure, and the seconds since this start."""
-        spent = {"steps": progress["batch"], "mean_loss": progress["loss"] / len(batches)}
-        spent["seconds"] = round(time.time() - clock, 1)
-        write_json(part, {"prompts": len(examples)} | judge(out, by_id, checker) | spent)
-
-    once(out / "metrics.json", report)
+    found = judge(out, by_id, checker)
+    found |= {"steps": trained["batch"], "mean_loss": trained["loss"] / len(batches)}
+    if args.labels:
+        found["left_out"] = len(Lines(args.labels)) - len(rows)
+    once(out / "metrics.json", lambda part: common.write_json(part, found))
 
 
-def cut(out, tokenizer, part):
+def label_rollouts(out, policy, examples, by_id, tokenizer, args):
+    """Phases: sample responses, cut them, complete every step prefix, label the steps."""
+    samples, prefixes, rollouts = (
+        out / f"{name}.jsonl" for name in ("samples", "prefixes", "rollouts")
+    )
+    with common.Sampler(policy, args) as sampler:
+        sampler.sample(samples, examples, args.samples, args.temperature, "prm")
+        once(prefixes, partial(cut, samples, tokenizer))
+        begun = [by_id[row["id"]] for row in stream_jsonl(prefixes)]
+        n, heat, ids = args.rollouts, args.rollout_temperature, Lines(prefixes, "token_ids")
+        sampler.sample(rollouts, begun, n, heat, "rollout", prefixes=ids)
+    both = stream_jsonl(samples), stream_jsonl(rollouts)
+    rows = labelled_responses(*both, by_id, tokenizer, args)
+    once(out / "steps.jsonl", lambda part: write_jsonl(part, rows))
+
+
+def cut(samples, tokenizer, part):
     """Phase: the distinct step prefixes of the mixed prompts."""
-    groups = mixed_responses(stream_jsonl(out / "samples.jsonl"))
-    write_jsonl(part, (row for group in groups for row in step_prefixes(group, tokenizer)))
+    responses = mixed_responses(stream_jsonl(samples))
+    write_jsonl(part, step_prefixes(responses, tokenizer))
     if len(Lines(part)) == 0:
         raise InputError(
             "no prompt has both right and wrong samples, so no step can be labelled; "
@@ -349,33 +390,27 @@ def cut(out, tokenizer, part):
         )
 
 
-def label(out, tokenizer, held, n, part):
-    """Phase: the steps of the mixed prompts' responses, with their labels."""
-    samples = stream_jsonl(out / "samples.jsonl")
-    rollouts = stream_jsonl(out / "rollouts.jsonl")
-    write_jsonl(part, labelled_responses(samples, rollouts, n, tokenizer, held))
-
-
-def score_held_out(out, rows, by_id, args):
-    """Phase: the PRM's scores of the steps of held-out responses; rows: of steps.jsonl."""
-    held = [i for i, row in enumerate(rows) if row["held_out"]]
-    prm = cache(partial(load_prm, out / "model", args))  # loaded when first called
+def score_held_out(out, rows, held, args):
+    """Phase: the PRM's scores of the steps of held-out responses; held: places in the rows."""
+    prm = cache(partial(common.load_prm, out / "model", args))  # loaded when first called
 
     def produce(places):
         """Rows of steps.jsonl with their scores."""
         part = [rows[i] for i in places]
         token_ids = [[row["token_ids"]] for row in part]
-        scores = score_steps(prm(), [by_id[row["id"]] for row in part], token_ids, args)
+        scores = common.score_steps(prm(), [prompt_of(row) for row in part], token_ids, args)
         return [row | {"scores": found} for row, (found,) in zip(part, scores)]
 
-    write_chunks(out / "held_out.jsonl", held, produce, args, "held_out")
+    common.write_chunks(out / "held_out.jsonl", held, produce, args, "held_out")
 
 
 def main(args):
     """Sample, roll out, label, train, judge."""
     policy = args.policy or Path(args.runs) / "01_warmup" / "model"
     inputs = {"data": args.data, "val": args.val, "policy": policy}
-    out = open_run(args, "02_train_prm", inputs)
+    if args.labels:
+        inputs["labels"] = args.labels
+    out = common.open_run(args, "02_train_prm", inputs)
     make_prm(out, policy, args)
     print(
         (out / "metrics.json").read_text() + f"next: python 03_self_evolve.py --runs {out.parent}"
@@ -383,4 +418,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_stage(Args, main)
+    common.run_stage(Args, main)

@@ -36,45 +36,19 @@ import math
 import os
 import shutil
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
 from transformers import AutoTokenizer
 
-from common import (
-    InputError,
-    Lines,
-    Sampler,
-    ScoringArgs,
-    by_id_of,
-    by_prompt,
-    distinct,
-    epoch_batches,
-    fitting,
-    flag,
-    is_made,
-    learning_rate,
-    load_examples,
-    once,
-    open_run,
-    rank,
-    read_jsonl,
-    reward_pass_at_k,
-    run_stage,
-    seed_of,
-    sft_loss,
-    stream_jsonl,
-    top_k,
-    train,
-    vote,
-    write_jsonl,
-)
+import common
+from common import InputError, Lines, flag, once, read_jsonl, seed_of, stream_jsonl, write_jsonl
 
 
 @dataclass
-class Args(ScoringArgs):
+class Args(common.ScoringArgs):
     """Flags of stage 03."""
 
     data: str = flag("data/toy/train.jsonl", "labelled prompts, JSONL")
@@ -130,6 +104,7 @@ class Args(ScoringArgs):
     batch_size: int = flag(16, "responses per optimizer step")
     learning_rate: float = flag(7e-5, "peak learning rate")
     warmup_steps: int = flag(20, "steps of linear warm-up, once; then it is constant", above=-1)
+    report_to: str = flag("none", "trackers: wandb, trackio, swanlab, tensorboard; comma between")
 
 
 # ---- generate
@@ -142,7 +117,7 @@ def prompts_between(examples: list[dict], start: int, stop: int, *key) -> list[d
     >>> sorted(order[:3]), prompts_between(["a", "b", "c"], 2, 4, "key") == order[2:4]
     (['a', 'b', 'c'], True)
     """
-    order = epoch_batches(len(examples), 1, stop, *key)
+    order = common.epoch_batches(len(examples), 1, stop, *key)
     return [examples[i] for (i,) in order[start:]]
 
 
@@ -188,7 +163,7 @@ def generate(policy, prm, prompts, folder, t, temperature, args):
     path = folder / "samples.jsonl"
     if args.method == "sft":
         return once(path, lambda part: write_jsonl(part, gold_rows(prompts, policy, args)))
-    with Sampler(policy, args, prm) as sampler:
+    with common.Sampler(policy, args, prm) as sampler:
         sampler.sample(path, prompts, args.samples, temperature, "evolve", t, right_only=True)
 
 
@@ -206,7 +181,7 @@ def pseudo_label(samples, weights) -> list[dict]:
     [(True, 0.3), (False, 0.0), (True, 0.4)]
     """
     heavy = [max(row["reward"], 0.0) if weights == "prm" else 1.0 for row in samples]
-    label = vote([row["answer"] for row in samples], heavy)
+    label = common.vote([row["answer"] for row in samples], heavy)
     if label is None:
         return []
     judged = [row | {"pseudo_label": label, "correct": row["answer"] == label} for row in samples]
@@ -221,7 +196,7 @@ def choose(samples, args) -> list[dict]:
     >>> [row["token_ids"][0] for row in choose(rows, Args(select="top_k", k=2))]
     [2, 4]
     """
-    right = distinct(row for row in samples if row["correct"])
+    right = common.distinct(row for row in samples if row["correct"])
     heights = [row["reward"] for row in right]
     if args.select == "random":  # the order of numbers that belong to (iteration, prompt, sample)
         heights = [
@@ -229,7 +204,7 @@ def choose(samples, args) -> list[dict]:
             for row in right
         ]
     if args.select in ("top_k", "random"):
-        right = [right[i] for i in top_k(heights, args.k)]
+        right = [right[i] for i in common.top_k(heights, args.k)]
     elif args.select == "threshold":
         right = [row for row in right if row["reward"] > args.alpha]
     return [row | {"rank": place} for place, row in enumerate(right, 1)]
@@ -243,7 +218,7 @@ def select(folder, by_id, args):
 
     def judged():
         """The samples of every prompt, and as what the right ones count."""
-        for prompt, samples in by_prompt(stream_jsonl(folder / "samples.jsonl")):
+        for prompt, samples in common.by_prompt(stream_jsonl(folder / "samples.jsonl")):
             if by_id[prompt]["answer"] is None:
                 yield pseudo_label(samples, args.vote_weights), "voted"
             else:
@@ -251,7 +226,8 @@ def select(folder, by_id, args):
 
     def write(part):
         """The chosen responses of every prompt."""
-        write_jsonl(part, (row for samples, _ in judged() for row in choose(samples, args)))
+        chosen = (row for samples, _ in judged() for row in choose(samples, args))
+        write_jsonl(part, (common.sft_row(row, by_id[row["id"]], args) for row in chosen))
         if len(Lines(part)) == 0:
             raise InputError(
                 f"{folder}: --select {args.select} keeps none of the right samples, if there are "
@@ -288,24 +264,13 @@ def improve(folder, start, t, iterations, by_id, args):
     """SFT of the policy on the selected responses: iter_t/model and iter_t/training."""
     rows = Lines(folder / "selected.jsonl")
     done, steps = (args.steps * i // iterations for i in (t - 1, t))
-    batches = epoch_batches(len(rows), args.batch_size, steps - done, args.seed, "evolve", t)
-
-    def loss_of(policy, part):
-        """The SFT loss of a few selected responses."""
-        token_ids = [row["token_ids"] for row in part]
-        return sft_loss(policy, [by_id[row["id"]] for row in part], token_ids, args)
-
-    def count_of(row):
-        """The tokens of a response and its closing EOS."""
-        return len(row["token_ids"]) + 1
-
+    batches = common.epoch_batches(len(rows), args.batch_size, steps - done, args.seed, "evolve", t)
     policy, state = starts_from(t, start, folder.parent, args)
-    work, label = folder / "training", f"03 improve {t}"
-    progress = train(
-        folder / "model", policy, work, batches, rows, loss_of, count_of, args, label, state=state
-    )
+    model, work = folder / "model", folder / "training"
+    how = (*common.sft(by_id, args), args, f"03 improve {t}")
+    progress = common.train(model, policy, work, batches, rows, *how, state=state)
     return {
-        "lr": learning_rate(progress["step"] - 1, args.learning_rate, args.warmup_steps),
+        "lr": common.learning_rate(progress["step"] - 1, args.learning_rate, args.warmup_steps),
         "trained": len(set().union(*batches)),
         "steps": steps,  # since the run began; tokens and loss are of this iteration
         "tokens": progress["tokens"],
@@ -319,16 +284,16 @@ def improve(folder, start, t, iterations, by_id, args):
 def pass_rates(rows):
     """(Pass@K (K: all samples of a prompt), Reward-Pass@2), averaged over prompts (paper, 5)."""
     passed, ranked = [], []
-    for _, group in by_prompt(rows):
+    for _, group in common.by_prompt(rows):
         correct = [row["correct"] for row in group]
         passed.append(any(correct))
-        ranked.append(reward_pass_at_k([row["reward"] for row in group], correct, 2))
+        ranked.append(common.reward_pass_at_k([row["reward"] for row in group], correct, 2))
     return fmean(passed), fmean(ranked)
 
 
 def look(policy, prm, val, folder, t, temperature, args):
     """Greedy accuracy, Pass@K and Reward-Pass@2 on the validation set (paper, section 5)."""
-    with Sampler(policy, args, prm) as sampler:
+    with common.Sampler(policy, args, prm) as sampler:
         sampler.look(folder, "val", val, args.samples, temperature, "val", t)
     samples = read_jsonl(folder / "val_samples.jsonl")
     pass_at_k, reward_pass_at_2 = pass_rates(samples)
@@ -342,35 +307,34 @@ def look(policy, prm, val, folder, t, temperature, args):
     }
 
 
-def search_temperature(grid, objective, current) -> tuple[float, list[dict]]:
-    """T <- argmax of objective(T) over the grid; of equal ones the nearest to T, then the lower.
+def best_temperature(curve, objective, current) -> float:
+    """T <- argmax of the objective over a curve; of equal ones the nearest to T, then the lower.
 
-    Returns (best temperature, the whole curve as [{"temperature", "objective"}, ...]) (paper, 5).
+    >>> curve = [{"temperature": T, "pass_at_k": 0.5} for T in (0.3, 0.6, 1.4)]
+    >>> best_temperature(curve, "pass_at_k", current=0.5)
+    0.6
     """
-    curve = [{"temperature": T, "objective": objective(T)} for T in grid]
-    order = [(-point["objective"], round(abs(T - current), 6), T) for T, point in zip(grid, curve)]
-    return min(order)[-1], curve
+    order = []
+    for point in curve:
+        T = point["temperature"]
+        order.append((-point[objective], round(abs(T - current), 6), T))
+    return min(order)[-1]
 
 
 def adapt(policy, prm, val, folder, t, current, args):
     """A search: T <- argmax of Reward-Pass@2 over the grid, each on the same seeds (paper, 5)."""
     path, grid, searched = folder / "search.jsonl", args.search_grid, val[: args.search_prompts]
     heats = [T for T in grid for _ in searched]
-    with Sampler(policy, args, prm) as sampler:
+    with common.Sampler(policy, args, prm) as sampler:
         sampler.sample(path, searched * len(grid), args.samples, heats, "search", t)
     rows, curve = read_jsonl(path), []
-
-    def objective(T):
-        """What is maximised; both figures become a point of the curve."""
+    for T in grid:
         passed, ranked = pass_rates(row for row in rows if row["temperature"] == T)
         curve.append({"temperature": T, "reward_pass_at_2": ranked, "pass_at_k": passed})
-        return curve[-1][args.objective]
-
-    chosen, _ = search_temperature(grid, objective, current)
     return {
         "iteration": t,
         "was": current,
-        "chosen": chosen,
+        "chosen": best_temperature(curve, args.objective, current),
         "curve": curve,
         "objective": args.objective,
     }
@@ -386,11 +350,11 @@ def refresh_prm(policy, folder, t, args):
     """
     stage = importlib.import_module("02_train_prm")
     run = first_prm(args).parent / "run.json"
-    shared = [item.name for item in fields(ScoringArgs)]
+    shared = [item.name for item in fields(common.ScoringArgs)]
     flags = {name: getattr(args, name) for name in [*shared, "data", "val"]}
     if run.exists():
         flags |= json.loads(run.read_text())["flags"]
-    flags |= {"seed": seed_of(args.seed, "refresh", t), "engine": args.engine}
+    flags |= {"seed": seed_of(args.seed, "refresh", t), "engine": args.engine, "labels": ""}
     folder.mkdir(exist_ok=True)
     stage.make_prm(folder, policy, stage.Args(**flags))
     names = ("samples.jsonl", "val_samples.jsonl", "rollouts.jsonl")
@@ -414,6 +378,51 @@ def current_prm(out, t, args) -> Path:
     return prm
 
 
+# ---- experiment trackers
+
+
+class TensorBoard:
+    """torch's writer behind the calls that the other trackers share."""
+
+    def __init__(self, out):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(out)
+
+    def log(self, row, step):
+        """Every figure of a row."""
+        for name, value in row.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self):
+        """Write what is left."""
+        self.writer.close()
+
+
+def start_trackers(args, out) -> list:
+    """A run in every tracker of --report_to; raises InputError for one that is not there."""
+    found = []
+    for name in args.report_to.replace("none", "").split(","):
+        if name not in ("", "wandb", "trackio", "swanlab", "tensorboard"):
+            raise InputError(f"--report_to {name}: not wandb, trackio, swanlab or tensorboard")
+        try:
+            if name == "tensorboard":
+                found.append(TensorBoard(out / name))
+            elif name:
+                found.append(importlib.import_module(name))
+                found[-1].init(project="m-star", name=out.parent.name, config=asdict(args))
+        except ImportError as error:
+            raise InputError(f"--report_to {name}: {error}; pip install {name}") from None
+    return found
+
+
+def send(rows, trackers):
+    """Rows of metrics.jsonl to every tracker."""
+    for tracker in trackers:
+        for row in rows:
+            tracker.log(row, step=row["iteration"])
+
+
 # ---- the loop
 
 
@@ -424,7 +433,7 @@ def check_flags(args) -> int:
     iterations = 1 if sft else round(args.passes * parts)
     refused = {  # the first that holds is told
         "--interval must be 1 over a whole number: 1, 0.5, 0.25, 0.2, ...": (
-            abs(args.interval * parts - 1) > 1e-3 or args.interval > 1
+            abs(args.interval * parts - 1) > 1e-3
         ),
         "--passes must be a multiple of --interval": (
             abs(args.passes * parts - iterations) > 1e-3 and not sft
@@ -484,17 +493,20 @@ def main(args):
     inputs = {"data": args.data, "val": args.val, "policy": start, "prm": first_prm(args)}
     if args.unlabeled != "none":
         inputs["unlabeled"] = args.unlabeled_data
-    out = open_run(args, "03_self_evolve", inputs)
-    if is_made(out / "model"):
+    out = common.open_run(args, "03_self_evolve", inputs)
+    if common.is_made(out / "model"):
         return report(out, args)
-    files = [load_examples(args.data), load_examples(args.val)]
+    files = [common.load_examples(args.data), common.load_examples(args.val)]
     if "unlabeled" in inputs:
-        files.append(load_examples(args.unlabeled_data, hidden=args.unlabeled == "vote"))
-    by_id = by_id_of(*files)  # refuses a val prompt that is trained on
-    examples, val, *unlabeled = fitting(out, start, args, *files)
+        hidden = args.unlabeled == "vote"
+        files.append(common.load_examples(args.unlabeled_data, hidden))
+    by_id = common.by_id_of(*files)  # refuses a val prompt that is trained on
+    examples, val, *unlabeled = common.fitting(out, start, args, *files)
     unlabeled = sum(unlabeled, [])
     choose_prompts(examples, unlabeled, iterations, iterations, args)  # refused now, not later
     metrics = rows_so_far(out / "metrics.jsonl")
+    trackers = start_trackers(args, out) if common.rank() == 0 else []
+    send(metrics, trackers)  # a restart begins a new run there, which is whole, too
 
     adaptive = args.temperature == "adaptive"
     temperature = 1.0 if adaptive else float(args.temperature)  # T
@@ -514,7 +526,7 @@ def main(args):
             row |= select(folder, by_id, args)
             row |= improve(folder, start, t, iterations, by_id, args)
             policy = folder / "model"
-            if rank() == 0:  # this iteration has inherited them
+            if common.rank() == 0:  # this iteration has inherited them
                 shutil.rmtree(before / "model", ignore_errors=True)
                 shutil.rmtree(before / "training", ignore_errors=True)
         if t == iterations or (args.validate_every > 0 and t % args.validate_every == 0):
@@ -528,11 +540,14 @@ def main(args):
             row["extra_samples"] += len(Lines(folder / "search.jsonl"))
         row["seconds"] = round(time.time() - clock, 1)
         metrics.append(row)
-        if rank() == 0:
+        if common.rank() == 0:
             write_jsonl(out / "temperature.jsonl", searches)
             write_jsonl(out / "metrics.jsonl", metrics)
+        send([row], trackers)
         print(json.dumps(row))
-    if rank() == 0:
+    for tracker in trackers:
+        tracker.finish()
+    if common.rank() == 0:
         last = out / f"iter_{iterations:02d}"
         shutil.rmtree(last / "training", ignore_errors=True)
         os.replace(last / "model", out / "model")
@@ -557,4 +572,4 @@ def report(out, args):
 
 
 if __name__ == "__main__":
-    run_stage(Args, main)
+    common.run_stage(Args, main)

@@ -114,7 +114,7 @@ class CommonArgs:
 # Memory, speed and place: at most rounding depends on them, so they may change between two starts.
 HARMLESS = (
     *("runs", "device", "engine_memory", "gradient_checkpointing"),
-    *("rows", "chunk", "micro_batch", "save_every"),
+    *("rows", "chunk", "micro_batch", "save_every", "report_to"),
 )
 # What a stage that is not given them takes from the stage before.
 INHERITED = (
@@ -971,6 +971,8 @@ def save_policy(policy, path, args):
         """The whole folder; what an earlier start left of it goes."""
         shutil.rmtree(part, ignore_errors=True)
         model.save_pretrained(part, state_dict=weights)
+        if policy.tokenizer.is_fast:  # it remembers how the last batch was padded, if there was one
+            policy.tokenizer.backend_tokenizer.no_padding()
         policy.processor.save_pretrained(part)
         if isinstance(policy, Prm):
             write_json(part / "prm.json", {"marks": policy.marks})
@@ -1018,6 +1020,19 @@ def ask(processor, examples, args, **how):
     talks = [conversation(processor, example, args) for example in examples]
     settings = json.loads(args.chat_template_kwargs)
     return processor.apply_chat_template(talks, add_generation_prompt=True, **settings, **how)
+
+
+def sft_row(row, example, args) -> dict:
+    """A sampled row as SFT data that TRL and ms-swift read as it is: "messages" and "images".
+
+    >>> example = {"question": "3 + 4 ?", "choices": None, "image": "/a.png"}
+    >>> sft_row({"id": "p", "response": "7"}, example, CommonArgs(instruction=""))["messages"]
+    [{'role': 'user', 'content': '3 + 4 ?'}, {'role': 'assistant', 'content': '7'}]
+    """
+    said = {"user": user_text(example, args.instruction), "assistant": row["response"]}
+    messages = [{"role": role, "content": text} for role, text in said.items()]
+    kept = {name: row[name] for name in row if name != "response"}
+    return kept | {"messages": messages, "images": [example["image"]]}
 
 
 def encode_prompts(policy, examples, args) -> dict[str, torch.Tensor]:
@@ -1622,6 +1637,17 @@ def step_ends(token_ids: list[int], tokenizer) -> list[int]:
     return ends
 
 
+def encode_steps(steps: list[str], tokenizer) -> tuple[list[int], list[int]] | None:
+    """Token ids of a response of these steps, a line each, and their ends as `step_ends` finds.
+
+    None if they cannot be told apart again, such as a step of white space alone.
+    """
+    lines = [" ".join(step.split()) for step in steps]
+    token_ids = tokenizer.encode("\n".join(lines), add_special_tokens=False)
+    ends = step_ends(token_ids, tokenizer)
+    return (token_ids, ends) if len(ends) == len(steps) else None
+
+
 def step_logits(prm, inputs, ends: list[list[int]], offset) -> torch.Tensor:
     """Logit of "this step is good" for every step of a batch: the ONE place a step's score is read.
 
@@ -1771,6 +1797,21 @@ def sft_loss(policy, examples, targets: list[list[int]], args) -> tuple[torch.Te
     tails = [ids + [policy.eos_ids[0]] for ids in targets]
     logprobs, counted = token_logprobs(policy, examples, tails, args)  # (B, W) each
     return -(logprobs * counted).sum(), sum(map(len, tails))
+
+
+def sft(by_id, args):
+    """(loss_of, count_of) with which `train` learns the responses of {"id", "token_ids"} rows."""
+
+    def loss_of(policy, rows):
+        """The SFT loss of a few rows."""
+        examples = [by_id[row["id"]] for row in rows]
+        return sft_loss(policy, examples, [row["token_ids"] for row in rows], args)
+
+    def count_of(row):
+        """The tokens of a response and its closing EOS."""
+        return len(row["token_ids"]) + 1
+
+    return loss_of, count_of
 
 
 def epoch_batches(n, size, steps, *key) -> list[list[int]]:

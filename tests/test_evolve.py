@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+import types
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -168,7 +170,7 @@ def test_training_methods_differ_in_start_weights_moments_and_schedule_and_nowhe
         return progress
 
     monkeypatch.setattr(common, "make_optimizer", making)
-    monkeypatch.setattr(evolve, "train", watched)
+    monkeypatch.setattr(common, "train", watched)
     for method in ("continuous", "iterative_rft", "rest_em"):
         evolve_as(method, place, method=method)
     first, second = seen["continuous"]
@@ -220,7 +222,7 @@ def test_sft_trains_once_on_all_gold_answers_and_samples_nothing(place):
     metrics, selected = rows(out / "metrics.jsonl"), rows(out / "iter_01/selected.jsonl")
     assert len(metrics) == 2 and metrics[1]["samples"] == 0 and metrics[1]["steps"] == 3
     gold = {row["id"]: row["answer"] for row in rows(place / "data/toy/train.jsonl")}
-    stated = {row["id"]: row["response"] for row in selected}
+    stated = {row["id"]: row["messages"][1]["content"] for row in selected}
     assert len(selected) == 32
     assert stated == {prompt: f"Answer : {answer}" for prompt, answer in gold.items()}
 
@@ -347,17 +349,18 @@ def test_hidden_answers_reach_no_mode_but_oracle(place):
 # ---- the search, the PRM
 
 
-def test_temperature_search_finds_a_planted_optimum_and_logs_its_whole_curve():
+def test_temperature_search_finds_a_planted_optimum():
     grid = [round(0.3 + 0.1 * i, 1) for i in range(14)]
-    best, curve = evolve.search_temperature(grid, lambda heat: -abs(heat - 0.8), current=1.0)
-    assert best == 0.8 and [point["temperature"] for point in curve] == grid
-    assert curve[0]["objective"] == pytest.approx(-0.5)
+    curve = [{"temperature": T, "pass_at_k": -abs(T - 0.8), "reward_pass_at_2": T} for T in grid]
+    assert evolve.best_temperature(curve, "pass_at_k", current=1.0) == 0.8
+    assert evolve.best_temperature(curve, "reward_pass_at_2", current=1.0) == 1.6
 
 
 def test_temperature_search_breaks_ties_by_nearness_then_downwards():
-    search = evolve.search_temperature
-    assert search([0.3, 0.6, 1.4], lambda heat: 1.0, current=0.5)[0] == 0.6
-    assert search([0.75, 1.0, 1.25], lambda heat: float(heat != 1.0), current=1.0)[0] == 0.75
+    curve = [{"temperature": T, "pass_at_k": 1.0} for T in (0.3, 0.6, 1.4)]
+    assert evolve.best_temperature(curve, "pass_at_k", current=0.5) == 0.6
+    curve = [{"temperature": T, "pass_at_k": float(T != 1.0)} for T in (0.75, 1.0, 1.25)]
+    assert evolve.best_temperature(curve, "pass_at_k", current=1.0) == 0.75
 
 
 def test_a_refreshed_prm_serves_the_search_and_the_iterations_after_it(place, monkeypatch):
@@ -586,6 +589,93 @@ def test_looking_less_often_changes_no_sample_and_no_weight(place):
     assert looks == [[True, True, True], [False, False, True]]
 
 
+# ---- experiment trackers
+
+
+class Tracker(types.ModuleType):
+    """A package with the calls that wandb, trackio and swanlab share; it notes them."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.calls = []
+
+    def init(self, project, name, config):
+        """A run begins."""
+        self.calls.append((project, name, config["select"]))
+
+    def log(self, row, step):
+        """A row of a run."""
+        self.calls.append((step, row))
+
+    def finish(self):
+        """A run ends."""
+        self.calls.append("finish")
+
+
+class Writer:
+    """torch's SummaryWriter, as far as it is used; it notes what it is given."""
+
+    scalars: dict = {}
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def add_scalar(self, name, value, step):
+        """A figure."""
+        self.scalars[self.folder, step, name] = value
+
+    def close(self):
+        """The end."""
+        self.scalars["closed"] = self.folder
+
+
+def test_every_row_of_metrics_goes_to_the_trackers_and_a_restart_sends_the_first_ones_anew(
+    place, monkeypatch
+):
+    names = ("wandb", "swanlab")
+    trackers = {name: Tracker(name) for name in names}
+    for name, tracker in trackers.items():
+        monkeypatch.setitem(sys.modules, name, tracker)
+    board = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    improve, refused = evolve.improve, []
+
+    def stopping(folder, start, t, *rest):
+        if t == 2 and not refused:
+            refused.append(t)
+            raise KeyboardInterrupt
+        return improve(folder, start, t, *rest)
+
+    monkeypatch.setattr(evolve, "improve", stopping)
+    out = prepare("logged", place)
+    flags = {"runs": "runs/logged", "validate_every": 0, **SHORT}
+    with pytest.raises(KeyboardInterrupt):
+        evolve.main(evolve.Args(report_to="wandb,swanlab", **flags))
+    common.close_runs()
+    evolve.main(evolve.Args(report_to="wandb,tensorboard", **flags))  # another one may follow
+    metrics = rows(out / "03_self_evolve/metrics.jsonl")
+    sent, begun = [(row["iteration"], row) for row in metrics], ("m-star", "logged", "all")
+    assert trackers["swanlab"].calls == [begun, *sent[:2]]
+    assert trackers["wandb"].calls == [begun, *sent[:2], begun, *sent, "finish"]
+    board = "runs/logged/03_self_evolve/tensorboard"
+    scalars = {(board, step, name): value for step, row in sent for name, value in row.items()}
+    assert Writer.scalars == scalars | {"closed": board}
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [("wandb,mlflow", "mlflow: not wandb, trackio"), ("swanlab", "pip install swanlab")],
+)
+def test_a_tracker_that_is_unknown_or_missing_is_refused_before_any_sample(
+    place, monkeypatch, names, says
+):
+    monkeypatch.setitem(sys.modules, "wandb", Tracker("wandb"))
+    monkeypatch.setitem(sys.modules, "swanlab", None)  # as if it were not installed
+    with pytest.raises(common.InputError, match=says):
+        evolve_as("refused", place, report_to=names)
+    assert not list((place / "runs/refused/03_self_evolve").glob("iter_*"))
+
+
 # ---- step labels, chains
 
 
@@ -628,30 +718,53 @@ def test_step_labels_count_completions_and_the_last_step_is_the_answer_check():
             ("mixed", 2, [0, 1, 0], False, False),  # cut
         )
     ]
-    groups = list(train_prm.mixed_responses(samples))
-    assert [[(row["id"], row["sample"]) for row in group] for group in groups] == [
-        [("bare", 0), ("bare", 1)],
-        [("mixed", 0), ("mixed", 1)],
-    ]
-    prefixes = [train_prm.step_prefixes(group, Words()) for group in groups]
-    shared, longer = {"id": "mixed", "prefix": [0, 1]}, {"id": "mixed", "prefix": [0, 1, 0, 1]}
-    assert prefixes == [[], [shared, longer]]  # the shared prefix once
+    mixed = list(train_prm.mixed_responses(samples))
+    drawn = [(row["id"], row["sample"]) for row in mixed]
+    assert drawn == [("bare", 0), ("bare", 1), ("mixed", 0), ("mixed", 1)]
+    prefixes = [(r["id"], r["token_ids"]) for r in train_prm.step_prefixes(mixed, Words())]
+    assert prefixes == [("mixed", [0, 1]), ("mixed", [0, 1, 0, 1])]  # the shared one once
     rollouts = [
         {"id": "mixed", "token_ids": prefix + [2] * k, "prefix_length": len(prefix), "correct": ok}
         for prefix, verdicts in (([0, 1], (1, 0, 0, 0)), ([0, 1, 0, 1], (0, 0, 0, 0)))
         for k, ok in enumerate(verdicts)
     ]
-    held = {"bare"}
-    labelled = list(train_prm.labelled_responses(samples, rollouts, 4, Words(), held))
-    found = [(r["id"], r["sample"], r["ends"], r["soft"], r["hard"]) for r in labelled]
+    by_id = {
+        name: {"id": name, "question": f"{name} ?", "choices": None, "image": f"/{name}.png"}
+        for name in ("bare", "mixed")
+    }
+
+    def labelled(kind, seed=0):
+        flags = {"rollouts": 4, "label_kind": kind, "seed": seed, "held_out": 0.5}
+        args = train_prm.Args(instruction="Think.", **flags)
+        return list(train_prm.labelled_responses(samples, rollouts, by_id, Words(), args))
+
+    soft, hard = labelled("soft"), labelled("hard")
+    found = [
+        (r["id"], r["sample"], r["ends"], r["labels"], h["labels"]) for r, h in zip(soft, hard)
+    ]
     assert found == [
         ("bare", 0, [1], [1.0], [1.0]),
         ("bare", 1, [1], [0.0], [0.0]),
         ("mixed", 0, [2, 4, 5], [0.25, 0.0, 1.0], [1.0, 0.0, 1.0]),
         ("mixed", 1, [2, 3], [0.25, 0.0], [1.0, 0.0]),
     ]
-    assert [row["held_out"] for row in labelled] == [True, True, False, False]
-    assert labelled[2]["steps"] == ["3 + 4 = 7", "3 + 4 = 7", "Answer : 7"]
+    assert soft[3] == {
+        "id": "mixed",
+        "sample": 1,
+        "image": "/mixed.png",
+        "prompt": "mixed ?\nThink.",
+        "completions": ["3 + 4 = 7", "Answer : 7"],
+        "labels": [0.25, 0.0],
+        "steps_with_score": [
+            {"step": "3 + 4 = 7", "score": 0.25, "num_mc_correct": 1, "num_mc_total": 4},
+            {"step": "Answer : 7", "score": 0.0, "num_mc_correct": 0, "num_mc_total": 1},
+        ],
+        "ends": [2, 3],
+        "token_ids": [0, 1, 2],
+        "held_out": soft[2]["held_out"],  # of one prompt all or none
+    }
+    draws = {tuple(row["held_out"] for row in labelled("soft", seed)) for seed in range(30)}
+    assert len(draws) == 4 and all(a == b and c == d for a, b, c, d in draws)
 
 
 def test_chain_report_counts_pairs_of_one_prompt_and_one_answer():

@@ -558,7 +558,7 @@ def test_the_stages_run(family, tmp_path):
     assert np.isfinite(end["loss"])
     assert 0 <= end["greedy_accuracy"] <= 1
     steps = common.read_jsonl(tmp_path / "02_train_prm/steps.jsonl")
-    assert len({label for row in steps for label in row["soft"]}) > 1
+    assert len({label for row in steps for label in row["labels"]}) > 1
     samples = common.read_jsonl(tmp_path / "03_self_evolve/iter_01/samples.jsonl")
     assert any(row["reward"] > 0 for row in samples)
     assert all(row["correct"] or row["reward"] == 0 for row in samples)

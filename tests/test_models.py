@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -612,10 +613,14 @@ def test_prm_loss_is_cross_entropy_at_the_scored_positions(policy, examples, arg
     ids = [policy.tokenizer(text)["input_ids"] for text in TEXTS[:2]]
     labels = [[0.25, 0.5, 1.0], [0.0]]
     rows = [
-        {"token_ids": i, "ends": common.step_ends(i, policy.tokenizer), "soft": soft}
+        {"token_ids": i, "ends": common.step_ends(i, policy.tokenizer), "labels": soft}
         for i, soft in zip(ids, labels)
     ]
-    loss, count = stage("02_train_prm").prm_loss(prm, examples[:2], rows, "soft", args)
+    for row, example in zip(rows, examples):
+        prompt = common.user_text(example, args.instruction)
+        row |= {"id": example["id"], "image": example["image"], "prompt": prompt}
+    bare = replace(args, instruction="")  # it stands in the prompt
+    loss, count = stage("02_train_prm").prm_loss(prm, rows, bare)
     wanted = 0.0
     for example, response, soft in zip(examples, ids, labels):
         for f, y in zip(reference_scores(prm, example, response, args), soft, strict=True):

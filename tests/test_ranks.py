@@ -239,8 +239,9 @@ def dying(function, after: bool):
 
 
 def rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a JSONL file, without the folder in which its run and its images are."""
+    text = path.read_text().replace(str(path).partition("/runs/")[0] + "/", "")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def place(folder: Path, world: Path) -> Path:

@@ -86,7 +86,11 @@ def test_warmup_keeps_right_distinct_responses(finished):
     assert len(samples) == 32 * 6 == len({row["seed"] for row in samples})
     for row in kept:
         assert row["finished"] and row["answer"] == gold[row["id"]]["answer"]
-        assert row["response"].strip().split("\n")[-1].strip() == f"Answer : {row['answer']}"
+        asked, said = row["messages"]
+        assert said["content"].strip().split("\n")[-1].strip() == f"Answer : {row['answer']}"
+        assert asked["content"].startswith(gold[row["id"]]["question"])
+        assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]
+        assert row["images"] == [str(finished[0] / "data/toy" / gold[row["id"]]["image"])]
     distinct = {(row["id"], tuple(row["token_ids"])) for row in kept}
     assert len(distinct) == len(kept) == metrics["kept"] > 0
     assert max(len(of_prompt(kept, row["id"])) for row in kept) <= 2  # --keep
@@ -107,25 +111,23 @@ def test_prm_labels_follow_from_the_rollouts(finished):
         sample = samples[row["id"], row["sample"]]
         ids = sample["token_ids"]
         assert row["token_ids"] == ids and row["ends"][-1] == len(ids)
-        assert len(row["ends"]) == len(row["soft"]) == len(row["hard"]) == len(row["steps"])
+        assert len(row["ends"]) == len(row["labels"]) == len(row["steps_with_score"])
+        assert row["completions"] == [step["step"] for step in row["steps_with_score"]]
         shares = []
         for end in row["ends"][:-1]:
             completions = right[(row["id"], *ids[:end])]
             assert len(completions) == 2
             shares.append(sum(completions) / 2)
-        assert row["soft"] == [*shares, float(sample["correct"])]
-        assert row["hard"] == [float(share > 0) for share in row["soft"]]
-    held = {f"train-{number:05d}" for number in range(12)}  # 0.4 of the first 30 prompts
-    assert {row["id"] for row in responses if row["held_out"]} == held & {
-        row["id"] for row in responses
-    }
+        assert row["labels"] == [*shares, float(sample["correct"])]
+    held = {row["id"] for row in responses if row["held_out"]}
+    assert held and held.isdisjoint(row["id"] for row in responses if not row["held_out"])
     scored = rows(out / "held_out.jsonl")
     assert [{k: v for k, v in row.items() if k != "scores"} for row in scored] == [
         row for row in responses if row["held_out"]
     ]
-    assert all(len(row["scores"]) == len(row["soft"]) for row in scored)
+    assert all(len(row["scores"]) == len(row["labels"]) for row in scored)
     assert 0 <= metrics["held_out"]["step_auc"] <= 1
-    assert metrics["held_out"]["steps"] == sum(len(row["soft"]) for row in scored)
+    assert metrics["held_out"]["steps"] == sum(len(row["labels"]) for row in scored)
     val = rows(out / "val_samples.jsonl")
     assert len(val) == 4 * 4 and all("step_scores" in row and "reward" in row for row in val)
     assert json.loads((out / "model/prm.json").read_text())["marks"]
@@ -227,7 +229,7 @@ def test_every_stage_says_what_to_run_next(finished):
 
 
 def contents(cwd) -> dict:
-    """Everything in runs/ in a comparable form: weights as tensors, JSON without seconds."""
+    """Everything in runs/ in a comparable form: tensors, no seconds, relative paths."""
     found = {}
     for path in sorted((cwd / "runs").rglob("*")):
         name = str(path.relative_to(cwd))
@@ -236,7 +238,9 @@ def contents(cwd) -> dict:
         elif path.suffix == ".safetensors":
             found[name] = {key: value.tolist() for key, value in load_file(path).items()}
         elif path.suffix in (".json", ".jsonl"):
-            values = rows(path) if path.suffix == ".jsonl" else [json.loads(path.read_text())]
+            text = path.read_text().replace(f"{cwd}/", "")
+            lines = text.splitlines() if path.suffix == ".jsonl" else [text]
+            values = [json.loads(line) for line in lines]
             for value in values:
                 value.pop("seconds", None)
                 if path.name == "digests.json":  # metrics.json holds seconds
@@ -430,19 +434,142 @@ def test_prompts_for_the_prm_and_for_its_validation_that_share_ids_are_refused(
     with pytest.raises(common.InputError, match=shared):  # whose image and answer would count?
         flags = {"runs": str(tmp_path), "val": "data/toy/train.jsonl"}
         in_process("02_train_prm", cwd, monkeypatch, **flags, **policy)
-    flags = {"runs": str(tmp_path / "b"), "held_out": 0.01}
-    with pytest.raises(common.InputError, match="holds 0 out"):
-        in_process("02_train_prm", cwd, monkeypatch, **flags, **policy)
 
 
-def test_a_report_on_steps_that_are_all_good_or_on_none_has_no_auc_and_is_valid_json():
+def test_a_report_on_steps_that_are_all_good_has_no_auc_and_is_valid_json():
     report = stage("02_train_prm").step_report
-    assert report([{"soft": 1.0, "hard": 1.0, "score": 0.75}])["step_auc"] is None
-    assert json.loads(json.dumps(report([]), allow_nan=False)) == {
-        "steps": 0,
-        "share_good": 0.0,
+    assert json.loads(json.dumps(report([(1.0, 0.75)]), allow_nan=False)) == {
+        "steps": 1,
+        "share_good": 1.0,
         "step_auc": None,
         "step_auc_hard": None,
-        "calibration_error": 0.0,
-        "calibration": [],
+        "brier": 0.0625,
+        "calibration": {"0.75": 1.0},
     }
+
+
+def test_the_calibration_of_a_report_is_by_tenths_of_the_score():
+    steps = [(1.0, 0.92), (0.5, 0.98), (0.25, 0.91), (0.0, 0.14), (0.75, 0.18), (0.0, 0.0)]
+    report = stage("02_train_prm").step_report(steps)
+    assert report["calibration"] == {"0.00": 0.0, "0.16": 0.5, "0.94": pytest.approx(2 / 3)}
+    assert report["step_auc"] == pytest.approx(8 / 9)  # of 9 pairs one is wrong: 0.18 < 0.91
+    assert report["step_auc_hard"] == 1.0 and report["steps"] == 6 and report["share_good"] == 0.5
+
+
+# ---- step labels from elsewhere, files for other tools
+
+TRAIN_PRM = {"runs": "runs/outside", "policy": "data/toy/base", "epochs": 1, "held_out": 0.3}
+TRAIN_PRM |= {"val_samples": 2, "max_new_tokens": 12, "batch_size": 8}
+
+
+def visual_prm(folder, count: int) -> list[dict]:
+    """Records in the published form of VisualPRM400K; every prompt has two responses."""
+    prompts = rows(folder / "data/toy/train.jsonl")
+    records = []
+    for number in range(count):
+        prompt = prompts[number // 2]
+        steps = [f"3 + {number % 4} = 7", "so  the\nanswer", "Answer : 7"]
+        scores = (1.0, 0.25 * (number % 4), number % 2)
+        scored = [
+            {"step": step, "score": score, "num_mc_correct": int(16 * score), "num_mc_total": 16}
+            for step, score in zip(steps, scores)
+        ]
+        record = {"image": f"../data/toy/{prompt['image']}", "answer": "7", "response": ""}
+        record |= {"question": f"<image>\n{prompt['question']}\nThink.", "num_mc_sequences": 16}
+        records.append(record | {"question_orig": prompt["question"], "steps_with_score": scored})
+    return records
+
+
+@pytest.fixture
+def outside(tmp_path, world):
+    """A working directory with a file of VisualPRM400K's form, 20 records, the last one broken."""
+    cwd = place(tmp_path, world)
+    records = visual_prm(cwd, 20)
+    records[-1]["image"] = "missing.png"
+    (cwd / "labels").mkdir()
+    common.write_jsonl(cwd / "labels/visual.jsonl", records)
+    return cwd
+
+
+def test_labels_of_visualprm_train_a_prm_without_a_sample_of_its_own(outside, monkeypatch):
+    in_process("02_train_prm", outside, monkeypatch, labels="labels/visual.jsonl", **TRAIN_PRM)
+    out = outside / "runs/outside/02_train_prm"
+    assert not list(out.glob("samples*")) and not list(out.glob("rollouts*"))
+    made, metrics = rows(out / "steps.jsonl"), json.loads((out / "metrics.json").read_text())
+    records, gold = visual_prm(outside, 19), rows(outside / "data/toy/train.jsonl")
+    assert len(made) == metrics["responses"] == 19 and metrics["left_out"] == 1
+    assert metrics["labelled_prompts"] == 10 and metrics["step_labels"] == 57
+    instruction = common.CommonArgs().instruction
+    for number, (row, record) in enumerate(zip(made, records)):
+        assert row["steps_with_score"] == record["steps_with_score"]
+        assert row["labels"] == [1.0, 0.25 * (number % 4), float(number % 2)]
+        assert row["completions"] == [step["step"] for step in record["steps_with_score"]]
+        assert row["prompt"] == f"{gold[number // 2]['question']}\n{instruction}"
+        assert os.path.samefile(row["image"], outside / "data/toy" / gold[number // 2]["image"])
+        assert len(row["ends"]) == 3 and row["ends"][-1] == len(row["token_ids"])
+    held = {row["id"] for row in made if row["held_out"]}
+    assert 0 < len(held) < 10 == len({row["id"] for row in made})
+    assert held.isdisjoint(row["id"] for row in made if not row["held_out"])
+    assert metrics["held_out"]["steps"] == 3 * sum(row["held_out"] for row in made)
+
+
+def test_steps_that_02_wrote_are_labels_for_another_run(outside, monkeypatch):
+    own = [
+        {"id": f"train-{number // 2:05d}", "steps_with_score": record["steps_with_score"]}
+        for number, record in enumerate(visual_prm(outside, 20))
+    ]
+    common.write_jsonl(outside / "labels/own.jsonl", own)
+    flags = {"label_kind": "hard", **TRAIN_PRM}
+    in_process("02_train_prm", outside, monkeypatch, labels="labels/own.jsonl", **flags)
+    out = outside / "runs/outside/02_train_prm"
+    first, again = rows(out / "steps.jsonl"), outside / "again.jsonl"
+    assert {row["id"] for row in first} == {f"train-{number:05d}" for number in range(10)}
+    assert {label for row in first for label in row["labels"]} == {0.0, 1.0}
+    shutil.copy(out / "steps.jsonl", again)
+    flags = TRAIN_PRM | {"label_kind": "hard", "runs": "runs/again"}
+    in_process("02_train_prm", outside, monkeypatch, labels=str(again), **flags)
+    assert rows(outside / "runs/again/02_train_prm/steps.jsonl") == first
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"image": "missing.png"},
+        {"image": None},
+        {"question": 7},
+        {"steps_with_score": []},
+        {"steps_with_score": 7},
+        {"steps_with_score": [{"step": " ", "score": 1.0}]},  # no step to be found again
+        {"steps_with_score": [{"step": "3 + 4 = 7", "score": 1.5}]},
+        {"steps_with_score": [{"step": "3 + 4 = 7", "score": float("nan")}]},
+        {"steps_with_score": [{"step": "3 + 4 = 7"}]},
+        {"steps_with_score": ["3 + 4 = 7"]},
+    ],
+)
+def test_labels_of_which_more_than_a_tenth_is_unusable_are_refused(outside, monkeypatch, broken):
+    records = visual_prm(outside, 20)
+    for number in (6, 9, 12):
+        records[number] |= broken
+    common.write_jsonl(outside / "labels/visual.jsonl", records)
+    says = r"labels/visual.jsonl line 7, and 3 of 20 in all, cannot be used"
+    with pytest.raises(common.InputError, match=says):
+        in_process("02_train_prm", outside, monkeypatch, labels="labels/visual.jsonl", **TRAIN_PRM)
+
+
+def test_labels_that_are_all_held_out_or_none_are_refused(outside, monkeypatch):
+    flags = TRAIN_PRM | {"labels": "labels/visual.jsonl"}
+    for share, held in ((1e-9, 0), (1.0, 19)):
+        says = f"holds {held} of 19 labelled responses out"
+        with pytest.raises(common.InputError, match=says):
+            in_process("02_train_prm", outside, monkeypatch, **flags | {"held_out": share})
+        shutil.rmtree(outside / "runs/outside")
+
+
+def test_the_prompts_of_the_prm_are_drawn_by_seed_from_the_whole_file(finished):
+    samples = rows(finished[0] / "runs/toy/02_train_prm/samples.jsonl")
+    drawn = list(dict.fromkeys(row["id"] for row in samples))
+    order = sorted(
+        (row["id"] for row in rows(finished[0] / "data/toy/train.jsonl")),
+        key=lambda prompt: common.seed_of(0, "prm-prompts", prompt),
+    )
+    assert drawn == order[:30] != sorted(drawn)

@@ -268,7 +268,8 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}User : {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %}"
     "{{ '\\n' }}Assistant :"
-    "{% else %}{{ m['content'] }}<end_of_utterance>{% endif %}{% endfor %}"
+    "{% else %}{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}"
+    "<end_of_utterance>{% endif %}{% endfor %}"
 )
 
 
