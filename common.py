@@ -1442,6 +1442,17 @@ def step_ends(token_ids: list[int], tokenizer) -> list[int]:
     return ends
 
 
+def encode_steps(steps: list[str], tokenizer) -> tuple[list[int], list[int]] | None:
+    """Token ids of a response of these steps, a line each, and their ends as `step_ends` finds them.
+
+    None if they cannot be told apart again, such as a step of white space alone.
+    """
+    lines = [" ".join(step.split()) for step in steps]
+    token_ids = tokenizer.encode("\n".join(lines), add_special_tokens=False)
+    ends = step_ends(token_ids, tokenizer)
+    return (token_ids, ends) if len(ends) == len(steps) else None
+
+
 def step_logits(prm, inputs, ends: list[list[int]], offset) -> torch.Tensor:
     """Logit of "this step is good" for every step of a batch: the ONE place a step's score is read.
 
