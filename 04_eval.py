@@ -24,7 +24,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,7 +113,7 @@ MMBENCH = "opencompass.openxlab.space/utils/benchmarks/MMBench/MMBench_DEV_EN_V1
 STEPS = "visualprocessbench"  # a test of the PRM; the others ask the policies
 
 
-def mathvista(row: dict) -> dict:
+def mathvista(row):
     r"""MathVista: the question is its own `query` up to the choices, so our prompt is its prompt.
 
     Of two equal choices (record 781) the first is the answer; `read_choice` takes either for it.
@@ -141,7 +141,7 @@ def mathvista(row: dict) -> dict:
     return example | {"category": "".join(initials)}
 
 
-def m3cot(row: dict) -> dict:
+def m3cot(row):
     """M3CoT: a context, if there is one, stands before the question; the domain is a category."""
     example = {key: row[key] for key in ("id", "question", "choices", "answer")}
     if context := (row["context"] or "").strip():
@@ -149,7 +149,7 @@ def m3cot(row: dict) -> dict:
     return example | {"category": row["domain"]}
 
 
-def mmstar_r(row: dict) -> dict | None:
+def mmstar_r(row) -> dict | None:
     """MMStar-R: the options stand in the question, the answer is a letter; None for perception."""
     if "perception" in row["category"]:
         return None
@@ -157,7 +157,7 @@ def mmstar_r(row: dict) -> dict | None:
     return example | {"id": str(row["index"]), "choices": None, "answer_type": "letter"}
 
 
-def mmbench_r(row: dict) -> dict | None:
+def mmbench_r(row) -> dict | None:
     """MMBench-R: copies of a question share index % 1000000; None for a perception question."""
     if "perception" in row["l2-category"]:
         return None
@@ -173,13 +173,13 @@ def mmbench_r(row: dict) -> dict | None:
     return example | {"choices": choices, "category": row["l2-category"], "group": group}
 
 
-def ai2d(row: dict) -> dict:
+def ai2d(row):
     """AI2D: the answer is a position; it is stored as a letter, for option texts may be letters."""
     example = {"id": str(row["row"]), "question": row["question"], "choices": row["options"]}
     return example | {"answer": LETTERS[int(row["answer"])]}
 
 
-def visualprocessbench(row: dict) -> dict:
+def visualprocessbench(row):
     """VisualProcessBench: a response's steps and human labels: 1 right, 0 neutral, -1 wrong."""
     steps, labels = row["response"]["steps"], row["response"]["process_correctness"]
     texts = set(map(type, steps)) == {str}
@@ -212,7 +212,7 @@ BENCHMARKS = {
 }
 
 
-def published_files(name: str, folder: Path) -> list:
+def published_files(name, folder):
     """The published files of a benchmark in its folder, those of the first format found."""
     for suffix in (".parquet", ".tsv", ".jsonl", ".json"):
         if files := sorted(folder.rglob(BENCHMARKS[name].files + suffix)):
@@ -220,7 +220,7 @@ def published_files(name: str, folder: Path) -> list:
     return []
 
 
-def records(path: Path) -> Iterable:
+def records(path):
     """The records of a published file; those of JSON are a list, or {key: record}.
 
     The latter is how MathVista's authors keep them, with the queries by key in query.json.
@@ -243,7 +243,7 @@ def records(path: Path) -> Iterable:
     return ({"query": queries.get(key), **row} for key, row in whole.items())
 
 
-def published_rows(name: str, folder: Path) -> Iterator:
+def published_rows(name, folder):
     """(folder of its file, record) of every published record; InputError if none can be read."""
     from datasets import load_dataset
 
@@ -264,7 +264,7 @@ def published_rows(name: str, folder: Path) -> Iterator:
         ) from None
 
 
-def save_image(cell, beside: Path, folder: Path) -> str:
+def save_image(cell, beside, folder):
     """The path in the folder of an image: a file beside the records, or {"bytes"} or base64.
 
     The latter two are written, named by their content. Raises ValueError unless it is one image.
@@ -284,7 +284,7 @@ def save_image(cell, beside: Path, folder: Path) -> str:
     return name
 
 
-def make_benchmark(name: str, folder: Path) -> Path:
+def make_benchmark(name, folder) -> Path:
     """Turn a benchmark's published records into image files and examples, <folder>/examples.jsonl.
 
     A record that cannot be used is left out and listed in left_out.json; raises InputError if that
@@ -296,7 +296,7 @@ def make_benchmark(name: str, folder: Path) -> Path:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     wrong = (InputError, LookupError, TypeError, ValueError, AttributeError)
 
-    def write(part: Path) -> None:
+    def write(part):
         """Write the examples, and then the list of records that are none."""
         examples, left_out, count = {}, [], 0
         for beside, row in published_rows(name, folder):
@@ -344,14 +344,14 @@ TITLES = {
 }
 
 
-def prompts_of(folder: Path, name: str) -> Iterator:
+def prompts_of(folder, name):
     """(greedy row, K sample rows) of every prompt that `Sampler.look` left, one at a time."""
     greedy = stream_jsonl(folder / f"{name}_greedy.jsonl")
     samples = by_prompt(stream_jsonl(folder / f"{name}_samples.jsonl"))
     return zip(greedy, (rows for _, rows in samples), strict=True)
 
 
-def prompt_figures(greedy: dict, samples: list) -> dict:
+def prompt_figures(greedy, samples):
     """Every figure of a prompt, a truth value or a share, of its greedy response and K samples.
 
     >>> drawn = (("7", True, 0.2), ("8", False, 0.9))
@@ -376,27 +376,27 @@ def prompt_figures(greedy: dict, samples: list) -> dict:
     }
 
 
-def figures_of(folder: Path, name: str, n: int) -> pd.DataFrame:
+def figures_of(folder, name, n) -> pd.DataFrame:
     """A row of `prompt_figures` per prompt, of its first n samples."""
     rows = (prompt_figures(greedy, drawn[:n]) for greedy, drawn in prompts_of(folder, name))
     return pd.DataFrame(rows, dtype=float)
 
 
-def interval(values: np.ndarray, figure: Callable, resamples: int) -> dict:
+def interval(values: np.ndarray, figure, resamples):
     """A figure of n values, its count and 95 % bootstrap interval; figure: (R, n, ...) to (R,)."""
     picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))  # (R, n)
     low, high = np.percentile(figure(values[picks]), [2.5, 97.5])
     return {"mean": figure(values[None])[0], "low": low, "high": high, "n": len(values)}
 
 
-def intervals(table: pd.DataFrame, resamples: int) -> dict:
+def intervals(table: pd.DataFrame, resamples):
     """{figure: the interval of its mean} of (prompts, figures), without NaN."""
     columns = {name: column.dropna().to_numpy(float) for name, column in table.items()}
     mean = partial(np.mean, axis=1)
     return {name: interval(x, mean, resamples) for name, x in columns.items() if len(x)}
 
 
-def summarize(folder: Path, policies: list, split: str, args: Args) -> dict:
+def summarize(folder, policies, split, args):
     """{policy: {figure: interval}} of a split, and each policy's paired gain on the one before."""
     report, before = {}, np.nan
     for policy in policies:
@@ -407,7 +407,7 @@ def summarize(folder: Path, policies: list, split: str, args: Args) -> dict:
     return report
 
 
-def verifier(folder: Path, name: str, args: Args) -> dict:
+def verifier(folder, name, args):
     """{n: {figure of VERIFIER: interval}} of the first n = 1, 2, 4, ..., K samples (figure 2)."""
     report, powers = {}, {2**i for i in range(args.samples.bit_length())}
     for n in sorted(powers | {args.samples}):
@@ -415,7 +415,7 @@ def verifier(folder: Path, name: str, args: Args) -> dict:
     return report
 
 
-def reranker(folder: Path, name: str, by_id: dict, args: Args) -> dict:
+def reranker(folder, name, by_id, args):
     """The PRM as a reranker of right responses: its Top-2 against the rest (paper, figure 2).
 
     Prompts with at most two distinct right samples are left out, and for right_chain those with a
@@ -437,12 +437,12 @@ def reranker(folder: Path, name: str, by_id: dict, args: Args) -> dict:
     return {part: intervals(table, args.resamples) for part, table in tables.items()}
 
 
-def average(figures: dict) -> dict:
+def average(figures):
     """The mean of figures, and of the ends of their intervals, which is rather too wide."""
     return pd.DataFrame(figures.values()).mean().to_dict() | {"n": len(figures)}
 
 
-def benchmark_figures(rows: Iterable, by_id: dict, resamples: int = 2000) -> dict:
+def benchmark_figures(rows, by_id, resamples=2000):
     """Figures of one policy on one benchmark: score, plain, unparsable share, score by category.
 
     Rows of one "group" are copies of a question: it is right if all are; plain looks at the base
@@ -484,14 +484,14 @@ def macro_f1(counts: np.ndarray) -> np.ndarray:
     return sum(shares) / 2
 
 
-def step_counts(steps: pd.DataFrame, threshold: float) -> pd.DataFrame:
+def step_counts(steps, threshold) -> pd.DataFrame:
     """What `macro_f1` counts, a row per sample, if a step is right from a threshold on."""
     right, called = steps["labels"] > 0, steps["scores"] >= threshold
     hits = {"right": right & called, "wrong": ~(right | called), "missed": right ^ called}
     return pd.DataFrame(hits).groupby([steps["source"], steps["id"]]).sum()
 
 
-def step_figures(rows: list, resamples: int) -> dict:
+def step_figures(rows, resamples):
     """Macro F1 of the PRM's step verdicts by source, of the rows of `score_processes`.
 
     The threshold is the best of 101 on a fifth of the samples, drawn by id; the other four fifths
@@ -502,12 +502,9 @@ def step_figures(rows: list, resamples: int) -> dict:
     steps = steps[steps["labels"] != 0].astype({"labels": int, "scores": float})
     drawn = steps["id"].map(lambda sample: seed_of(sample) % 5 == 0)
     tuned, kept = steps[drawn], steps[~drawn]
-
-    def fitness(threshold: float) -> float:
-        """Macro F1 on the samples that choose."""
-        return macro_f1(step_counts(tuned, threshold).to_numpy()[None])[0]
-
-    threshold = max(tuned["scores"].quantile(np.linspace(0, 1, 101)), key=fitness)
+    thresholds = tuned["scores"].quantile(np.linspace(0, 1, 101))
+    fitness = macro_f1(np.stack([step_counts(tuned, threshold) for threshold in thresholds]))
+    threshold = thresholds.iloc[fitness.argmax()]
     figures = {}
     for source, counts in step_counts(kept, threshold).groupby("source"):
         figures[source] = interval(counts.to_numpy(), macro_f1, resamples)
@@ -521,7 +518,7 @@ def step_figures(rows: list, resamples: int) -> dict:
 STYLES = {"greedy_gain": ("+", 100), "steps": ("", 1)}  # sign and scale where not ("", 100)
 
 
-def show(figure: dict | None, sign: str = "", scale: float = 100) -> str:
+def show(figure: dict | None, sign="", scale=100):
     """A mean and its interval as text, in percent unless scaled otherwise.
 
     >>> show({"mean": 0.5, "low": 0.25, "high": 0.75}), show(None)
@@ -535,7 +532,7 @@ def show(figure: dict | None, sign: str = "", scale: float = 100) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def figure_table(title: str, columns: dict):
+def figure_table(title, columns):
     """{column: {key: figure}} as a Markdown table: a row per key, and how many a figure is of."""
     lines = [["", *columns, "n"], ["---"] * (len(columns) + 2)]
     for key in {key: None for figures in columns.values() for key in figures}:
@@ -546,7 +543,7 @@ def figure_table(title: str, columns: dict):
     return f"\n{title}\n\n{text}"
 
 
-def table_4(report: dict) -> dict:
+def table_4(report):
     """{benchmark: {policy: figures}} as {policy: {benchmark: score}}, the paper's Table 4.
 
     The average needs all five.
@@ -559,7 +556,7 @@ def table_4(report: dict) -> dict:
     return table
 
 
-def tabulate(report: dict, args: Args) -> str:
+def tabulate(report, args):
     """The whole report as Markdown, and what it depends on besides weights and data."""
     benchmarks = report.get("benchmarks", {})
     tables = {
@@ -594,21 +591,14 @@ copies of questions, score that on all copies at once, macro its mean over categ
 {tables}
 ## Settings
 
-Prompt: the processor's chat template around one user turn, the image and then
-
-```
-<question>
-Choices: (these lines where there are choices)
-(A) <choice>
-{instruction}
-```
-
+Prompt: the processor's chat template around one user turn: the image, the question, where there
+are choices the line "Choices:" and a line "(A) <choice>" for each, and: {instruction}
 A response that is cut at {max_new_tokens} new tokens is wrong. Seed {seed}; versions:
 torch {torch.__version__}, transformers {transformers.__version__}.
 """
 
 
-def draw_dynamics(evolving: Path, path: Path) -> None:
+def draw_dynamics(evolving, path):
     """The paper's figures: the dynamics over iterations, and Pass@K at fixed temperatures."""
     metrics, searches = evolving / "metrics.jsonl", evolving / "temperature.jsonl"
     looks = pd.DataFrame(read_jsonl(metrics)).dropna(subset="pass_at_k").set_index("iteration")
@@ -627,14 +617,14 @@ def draw_dynamics(evolving: Path, path: Path) -> None:
 # ---- the run
 
 
-def origin_of(folder: Path) -> dict:
+def origin_of(folder):
     """{"flags", "inputs"} of a run of stage 03; raises InputError where there is none."""
     if not (folder / "run.json").exists():
         raise InputError(f"{folder} holds no run; run 03_self_evolve.py first")
     return json.loads((folder / "run.json").read_text())
 
 
-def policies_of(runs: Path, flags: dict, base: str) -> dict:
+def policies_of(runs, flags, base):
     """{name: folder}: the base, what 03 began with, what became of it; flags: those of stage 03.
 
     >>> flags = M_STAR | {"policy": "runs/a/01_warmup/model", "method": "rest_em"}
@@ -649,7 +639,7 @@ def policies_of(runs: Path, flags: dict, base: str) -> dict:
     return policies | {evolved: runs / "03_self_evolve" / "model"}
 
 
-def predict(out: Path, policies: dict, prm: Path, examples: dict, args: Args) -> None:
+def predict(out, policies, prm, examples, args):
     """Every policy on every prompt: greedy, and but for benchmarks K samples; all are scored."""
     drawn = {"k": args.samples, "temperature": args.temperature, "purpose": "eval"}
     for policy, folder in policies.items():
@@ -663,14 +653,14 @@ def predict(out: Path, policies: dict, prm: Path, examples: dict, args: Args) ->
         score_processes(out / "benchmarks" / f"{STEPS}.jsonl", prm, examples[STEPS], args)
 
 
-def score_processes(path: Path, prm: Path, examples: list, args: Args) -> None:
+def score_processes(path, prm, examples, args):
     """Phase: the PRM's scores of the steps of VisualProcessBench's responses, a row each.
 
     They are None where steps cannot be told apart in tokens.
     """
     model = None if is_there(path) else load_prm(prm, args)
 
-    def produce(chunk: list) -> Iterator:
+    def produce(chunk):
         """The rows of a chunk."""
         found = [encode_steps(example["steps"], model.tokenizer) for example in chunk]
         token_ids = [[pair[0]] if pair else [] for pair in found]
@@ -681,7 +671,7 @@ def score_processes(path: Path, prm: Path, examples: list, args: Args) -> None:
     write_chunks(path, examples, produce, args, path.stem)
 
 
-def judge(out: Path, policies: list, examples: dict, args: Args) -> dict:
+def judge(out, policies, examples, args):
     """{split: {policy: figures}, "benchmarks": {benchmark: {policy: figures}}, "prm": figures}."""
     folder, start = out / "predictions", f"{policies[-2]}_test"
     report = {split: summarize(folder, policies, split, args) for split in ("test", "ood")}
@@ -703,7 +693,7 @@ def judge(out: Path, policies: list, examples: dict, args: Args) -> dict:
     return report
 
 
-def main(args: Args) -> None:
+def main(args):
     """Load, predict, judge, tabulate, draw."""
     if unknown := set(args.benchmarks) - set(BENCHMARKS):
         raise InputError(f"--benchmarks knows {', '.join(BENCHMARKS)}, not {', '.join(unknown)}")
@@ -726,7 +716,7 @@ def main(args: Args) -> None:
         check_longest_prompts(prm, sum(examples.values(), []), args)
         predict(out, policies, prm, examples, args)
 
-        def write_report(part: Path) -> None:
+        def write_report(part):
             """Judge, tabulate and draw; `part` becomes report.json, the last file."""
             report = judge(out, list(policies), examples, args)
             write_atomic(out / "report.md", [tabulate(report, args)])
