@@ -2,12 +2,11 @@
 
 Reads   data/toy/{test,ood}.jsonl, data/toy/base/, runs/toy/01_warmup/model/,
         runs/toy/02_train_prm/model/, runs/toy/03_self_evolve/
-        data/<benchmark>/ for --benchmarks: the published files (parquet, TSV or JSON), or the hub
+        data/<benchmark>/ for --benchmarks: the published files, images beside them, or the hub
 Writes  runs/toy/04_eval/predictions/, benchmarks/  responses of every policy, checked and scored
                         report.json    every figure with its count and interval; written last
                         report.md      the same as tables
                         dynamics.png   accuracy, Pass@K, Reward-Pass@2, temperature over iterations
-                        prm.png        the PRM as a verifier and as a reranker of right responses
 
 Intervals are 95 % bootstrap intervals over prompts; gains are paired: the same prompts, resampled
 together. Start policy and PRM are those of 03's run.json. tests/study.py compares several runs.
@@ -15,17 +14,19 @@ together. Start policy and PRM are those of 03's run.json. tests/study.py compar
 Benchmarks are asked in our one prompt form: question, lettered choices, --instruction, with the
 dataset's own hint or context before the question. MMStar-R and MMBench-R leave out the perception
 categories, as in the paper. MMBench asks a question several times with its choices rotated: it
-counts if all copies are right; "plain" looks at the base copy.
+counts if all copies are right; "plain" looks at the base copy. VisualProcessBench is for the PRM:
+its verdicts on the steps of other models' responses against human ones.
 
     python 04_eval.py    (for benchmarks on a real model see the README's GPU section)
 """
 
 import base64
 import hashlib
-import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,6 @@ import pandas as pd  # comes with datasets, as does pyarrow
 import torch
 import transformers
 from matplotlib.figure import Figure
-from PIL import Image, UnidentifiedImageError
 from pyarrow.parquet import ParquetFile
 
 from common import (
@@ -45,21 +45,29 @@ from common import (
     by_id_of,
     by_prompt,
     distinct,
+    encode_steps,
     fitting,
     flag,
+    is_there,
     load_checker,
     load_examples,
+    load_prm,
     once,
     open_run,
+    problem_of,
     rank,
+    read_image,
     read_jsonl,
     reward_pass_at_k,
     run_stage,
+    score_steps,
+    seed_of,
     stream_jsonl,
     top_k,
     user_text,
     vote,
     write_atomic,
+    write_chunks,
     write_json,
     write_jsonl,
 )
@@ -83,7 +91,9 @@ class Args(ScoringArgs):
 
     test: str = flag("data/toy/test.jsonl", "in-domain test prompts")
     ood: str = flag("data/toy/ood.jsonl", "out-of-domain test prompts")
-    benchmarks: list[str] = flag([], "also mathvista, m3cot, mmstar_r, mmbench_r, ai2d")
+    benchmarks: list[str] = flag(
+        [], "also mathvista, m3cot, mmstar_r, mmbench_r, ai2d, and visualprocessbench for the PRM"
+    )
     data_root: str = flag("data", "folder with a sub-folder per benchmark: its published files")
     model: str = flag("data/toy/base", "base model")
     samples: int = flag(8, "K = N: samples per prompt")
@@ -91,25 +101,22 @@ class Args(ScoringArgs):
     resamples: int = flag(2000, "bootstrap resamples")
     chain_checker: str = flag("tests/toy.py:judge", "FILE:FUNCTION that judges a right chain")
 
+    @property
+    def asked(self) -> list[str]:
+        """The benchmarks that the policies are asked."""
+        return [name for name in self.benchmarks if name != STEPS]
+
 
 # ---- benchmarks: published records to our examples
 
-TASKS = {
-    "figure question answering": "FQA",
-    "geometry problem solving": "GPS",
-    "math word problem": "MWP",
-    "textbook question answering": "TQA",
-    "visual question answering": "VQA",
-}
-MMSTAR_R = ("instance reasoning", "logical reasoning", "math", "science & technology")
-MMBENCH_R = ("attribute_reasoning", "relation_reasoning", "logic_reasoning")
 MMBENCH = "opencompass.openxlab.space/utils/benchmarks/MMBench/MMBench_DEV_EN_V11.tsv"
-FORMATS = (".parquet", ".tsv", ".json", ".jsonl")
-LONGEST_PATH = 64  # characters; an image cell that is a longer text is an image in base64
+STEPS = "visualprocessbench"  # a test of the PRM; the others ask the policies
 
 
-def mathvista(row: dict) -> dict:
+def mathvista(row):
     r"""MathVista: the question is its own `query` up to the choices, so our prompt is its prompt.
+
+    Of two equal choices (record 781) the first is the answer; `read_choice` takes either for it.
 
     >>> row = {"pid": "168", "query": "Hint: h\nQuestion: q\nChoices:\n(A) (c)\n(B) (a)",
     ...        "choices": ["(c)", "(a)"], "answer": "(a)", "answer_type": "text",
@@ -117,6 +124,8 @@ def mathvista(row: dict) -> dict:
     >>> {key: mathvista(row)[key] for key in ("question", "answer", "category")}
     {'question': 'Hint: h\nQuestion: q', 'answer': 'B', 'category': 'MWP'}
     """
+    if not row["query"]:
+        raise ValueError("no query: the authors' query.json must lie beside their testmini.json")
     choices, answer, kind = row["choices"] or None, row["answer"], row["answer_type"]
     question = row["query"].strip().partition("\nChoices:\n")[0]
     example = {"id": row["pid"], "question": question, "choices": choices, "answer": answer}
@@ -128,10 +137,11 @@ def mathvista(row: dict) -> dict:
         example["answer_type"] = kind
     if kind == "float":
         example["precision"] = int(row["precision"])
-    return example | {"category": TASKS[row["metadata"]["task"]]}
+    initials = [word[0].upper() for word in row["metadata"]["task"].split()]  # FQA, GPS, ...
+    return example | {"category": "".join(initials)}
 
 
-def m3cot(row: dict) -> dict:
+def m3cot(row):
     """M3CoT: a context, if there is one, stands before the question; the domain is a category."""
     example = {key: row[key] for key in ("id", "question", "choices", "answer")}
     if context := (row["context"] or "").strip():
@@ -139,24 +149,17 @@ def m3cot(row: dict) -> dict:
     return example | {"category": row["domain"]}
 
 
-def is_reasoning(category: str, known: tuple) -> bool:
-    """Whether a category is not perception; raises ValueError for one that is not known."""
-    if "perception" not in category and category not in known:
-        raise ValueError(f"unknown category {category!r}")
-    return category in known
-
-
-def mmstar_r(row: dict) -> dict | None:
+def mmstar_r(row) -> dict | None:
     """MMStar-R: the options stand in the question, the answer is a letter; None for perception."""
-    if not is_reasoning(row["category"], MMSTAR_R):
+    if "perception" in row["category"]:
         return None
     example = {key: row[key] for key in ("question", "answer", "category")}
     return example | {"id": str(row["index"]), "choices": None, "answer_type": "letter"}
 
 
-def mmbench_r(row: dict) -> dict | None:
+def mmbench_r(row) -> dict | None:
     """MMBench-R: copies of a question share index % 1000000; None for a perception question."""
-    if not is_reasoning(row["l2-category"], MMBENCH_R):
+    if "perception" in row["l2-category"]:
         return None
     cells = [row[key].strip() for key in ("hint", "A", "B", "C", "D")]
     hint, *options = ["" if cell.lower() == "nan" else cell for cell in cells]
@@ -170,10 +173,21 @@ def mmbench_r(row: dict) -> dict | None:
     return example | {"choices": choices, "category": row["l2-category"], "group": group}
 
 
-def ai2d(row: dict) -> dict:
+def ai2d(row):
     """AI2D: the answer is a position; it is stored as a letter, for option texts may be letters."""
     example = {"id": str(row["row"]), "question": row["question"], "choices": row["options"]}
     return example | {"answer": LETTERS[int(row["answer"])]}
+
+
+def visualprocessbench(row):
+    """VisualProcessBench: a response's steps and human labels: 1 right, 0 neutral, -1 wrong."""
+    steps, labels = row["response"]["steps"], row["response"]["process_correctness"]
+    texts = set(map(type, steps)) == {str}
+    if not texts or len(steps) != len(labels) or not {1, 0, -1}.issuperset(labels):
+        raise ValueError("steps and labels do not fit together")
+    example = {"id": str(row["row"]), "category": row["data_source"], "choices": None}
+    example["question"] = row["question"].replace("<image>", "").strip()
+    return example | {"answer": "never asked", "steps": steps, "labels": labels}
 
 
 class Benchmark(NamedTuple):
@@ -182,72 +196,87 @@ class Benchmark(NamedTuple):
     load: Callable
     title: str
     source: str  # its name on the hub, or where to download it
-    split: str  # of the hub; empty: it is not there
+    split: str  # of the hub; empty: it is not there, or without its images
     files: str  # pattern of its published files
 
 
 BENCHMARKS = {
-    "mathvista": Benchmark(mathvista, "MathVista", "AI4Math/MathVista", "testmini", "*testmini*"),
+    "mathvista": Benchmark(mathvista, "MathVista", "AI4Math/MathVista", "testmini", "testmini*"),
     "m3cot": Benchmark(m3cot, "M3CoT", "LightChen2333/M3CoT", "test", "*test*"),
     "mmstar_r": Benchmark(mmstar_r, "MMStar-R", "Lin-Chen/MMStar", "val", "*mmstar*"),
     "mmbench_r": Benchmark(mmbench_r, "MMBench-R", MMBENCH, "", "*MMBench_DEV_EN_V11*"),
     "ai2d": Benchmark(ai2d, "AI2D", "lmms-lab/ai2d", "test", "*test*"),
+    STEPS: Benchmark(
+        visualprocessbench, "VisualProcessBench", "OpenGVLab/VisualProcessBench", "", "test*"
+    ),
 }
 
 
-def published_files(name: str, folder: Path) -> list:
-    """The published files of a benchmark in its folder; InputError if they are of two formats."""
-    files = sorted(path for path in folder.rglob(BENCHMARKS[name].files) if path.suffix in FORMATS)
-    if len({path.suffix for path in files}) > 1:
-        raise InputError(f"{folder} holds {', '.join(map(str, files))}: keep one format")
-    return files
+def published_files(name, folder):
+    """The published files of a benchmark in its folder, those of the first format found."""
+    for suffix in (".parquet", ".tsv", ".jsonl", ".json"):
+        if files := sorted(folder.rglob(BENCHMARKS[name].files + suffix)):
+            return files
+    return []
 
 
-def records(path: Path) -> Iterable:
-    """The records of a published file; those of JSON are a list, {key: record} or lines."""
+def records(path):
+    """The records of a published file; those of JSON are a list, or {key: record}.
+
+    The latter is how MathVista's authors keep them, with the queries by key in query.json.
+    """
     if path.suffix == ".parquet":
         batches = ParquetFile(path).iter_batches(64)
         return (row for batch in batches for row in batch.to_pylist())
     if path.suffix == ".tsv":  # every cell is a text: "2", "None" and "" stay what they are
         table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
-        holders = table.set_index("index")["image"]  # a cell may be the index of another row
-        table["image"] = table["image"].map(holders).fillna(table["image"])
+        holders = table.drop_duplicates("index").set_index("index")["image"]
+        table["image"] = table["image"].map(holders).fillna(table["image"])  # of another row
         return table.to_dict("records")
     if path.suffix == ".jsonl":
         return stream_jsonl(path)
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        return stream_jsonl(path)
-    return whole.values() if isinstance(whole, dict) else whole
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(whole, list):
+        return whole
+    beside = path.with_name("query.json")
+    queries = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    return ({"query": queries.get(key), **row} for key, row in whole.items())
 
 
-def published_rows(name: str, folder: Path) -> Iterator:
-    """The published records, from the folder or the hub; InputError if none can be read."""
+def published_rows(name, folder):
+    """(folder of its file, record) of every published record; InputError if none can be read."""
     from datasets import load_dataset
 
     files, benchmark = published_files(name, folder), BENCHMARKS[name]
     try:
         for path in files:
-            yield from records(path)
+            for row in records(path):
+                yield path.parent, row
         if not files:
             hub = load_dataset(benchmark.source, split=benchmark.split, streaming=True)
-            yield from hub.decode(False)  # images stay {"bytes", "path"}
+            for row in hub.decode(False):  # images stay {"bytes", "path"}
+                yield folder, row
     except (OSError, ValueError) as error:
         source = ", ".join(map(str, files)) or benchmark.source
         raise InputError(
             f"{source} cannot be read ({error!r}); put {benchmark.files} "
-            f"(parquet, tsv, json or jsonl) into {folder} or name its parent by --data_root"
+            f"(parquet, tsv, jsonl or json) into {folder} or name its parent by --data_root"
         ) from None
 
 
-def save_image(cell, folder: Path) -> str:
-    """The path in the folder of an image; {"bytes"} or base64 is written, named by its content."""
-    if isinstance(cell, str) and len(cell) <= LONGEST_PATH:
-        return cell
+def save_image(cell, beside, folder):
+    """The path in the folder of an image: a file beside the records, or {"bytes"} or base64.
+
+    The latter two are written, named by their content. Raises ValueError unless it is one image.
+    """
+    if isinstance(cell, list):
+        if len(cell) != 1:
+            raise ValueError(f"{len(cell)} images where one is read")
+        cell = cell[0]
+    if isinstance(cell, str) and "." in cell:  # there is no dot in base64
+        return str(Path(os.path.abspath(beside / cell)).relative_to(os.path.abspath(folder)))
     content = cell["bytes"] if isinstance(cell, dict) else base64.b64decode(cell, validate=True)
-    kind = Image.open(io.BytesIO(content)).format.lower()
-    name = f"images/{hashlib.sha256(content).hexdigest()[:20]}.{kind}"
+    name = f"images/{hashlib.sha256(content).hexdigest()[:20]}"
     if not (folder / name).exists():
         part = folder / f"{name}.part"
         part.write_bytes(content)
@@ -255,33 +284,47 @@ def save_image(cell, folder: Path) -> str:
     return name
 
 
-def make_benchmark(name: str, folder: Path) -> Path:
+def make_benchmark(name, folder) -> Path:
     """Turn a benchmark's published records into image files and examples, <folder>/examples.jsonl.
 
-    It is made anew at every start (seconds) while the published files are there.
+    A record that cannot be used is left out and listed in left_out.json; raises InputError if that
+    is more than a tenth of them. Made anew at every start (seconds) while the files are there.
     """
-    out, benchmark = folder / "examples.jsonl", BENCHMARKS[name]
+    listed, benchmark = folder / "left_out.json", BENCHMARKS[name]
     if rank() == 0 and published_files(name, folder):
-        out.unlink(missing_ok=True)
+        listed.unlink(missing_ok=True)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    wrong = (LookupError, TypeError, ValueError, AttributeError, UnidentifiedImageError)
+    wrong = (InputError, LookupError, TypeError, ValueError, AttributeError)
 
-    def write(part: Path) -> None:
-        """Write the examples."""
-        examples = []
-        for number, row in enumerate(published_rows(name, folder), 1):
+    def write(part):
+        """Write the examples, and then the list of records that are none."""
+        examples, left_out, count = {}, [], 0
+        for beside, row in published_rows(name, folder):
+            count += 1
+            where = f"{name} record {count}"
             try:
-                if example := benchmark.load({"row": number - 1, **row}):
-                    image = save_image(row.get("decoded_image") or row["image"], folder)
+                if example := benchmark.load({"row": count - 1, **row}):
+                    image = save_image(row.get("decoded_image") or row["image"], beside, folder)
                     example |= {"id": f"{name}-{example['id']}", "image": image, "source": name}
-                    examples.append(example)
+                    problem = problem_of(example, False)
+                    if problem or example["id"] in examples:
+                        raise ValueError(problem or f"id {example['id']} is there already")
+                    read_image({"image": folder / image, "where": where})
+                    examples[example["id"]] = example
             except wrong as error:
-                where = f"{name} record {number}"
-                raise InputError(f"{where} is not as published ({error!r})") from None
-        write_jsonl(part, examples)
+                left_out.append({"record": where, "reason": repr(error)})
+        if 10 * len(left_out) > count:
+            first = " is not as published: ".join(left_out[0].values())
+            raise InputError(
+                f"{len(left_out)} of {count} records of {folder} cannot be used, more than a "
+                f"tenth; {first}; put the files there as they are published"
+            )
+        write_jsonl(folder / "examples.jsonl", examples.values())
+        share = len(left_out) / max(count, 1)
+        write_json(part, {"records": count, "share": share, "left_out": left_out})
 
-    once(out, write)
-    return out
+    once(listed, write)
+    return folder / "examples.jsonl"
 
 
 # ---- figures
@@ -301,14 +344,14 @@ TITLES = {
 }
 
 
-def prompts_of(folder: Path, name: str) -> Iterator:
+def prompts_of(folder, name):
     """(greedy row, K sample rows) of every prompt that `Sampler.look` left, one at a time."""
     greedy = stream_jsonl(folder / f"{name}_greedy.jsonl")
     samples = by_prompt(stream_jsonl(folder / f"{name}_samples.jsonl"))
     return zip(greedy, (rows for _, rows in samples), strict=True)
 
 
-def prompt_figures(greedy: dict, samples: list) -> dict:
+def prompt_figures(greedy, samples):
     """Every figure of a prompt, a truth value or a share, of its greedy response and K samples.
 
     >>> drawn = (("7", True, 0.2), ("8", False, 0.9))
@@ -333,25 +376,27 @@ def prompt_figures(greedy: dict, samples: list) -> dict:
     }
 
 
-def figures_of(folder: Path, name: str, n: int) -> pd.DataFrame:
+def figures_of(folder, name, n) -> pd.DataFrame:
     """A row of `prompt_figures` per prompt, of its first n samples."""
     rows = (prompt_figures(greedy, drawn[:n]) for greedy, drawn in prompts_of(folder, name))
     return pd.DataFrame(rows, dtype=float)
 
 
-def intervals(table: pd.DataFrame, resamples: int) -> dict:
-    """{figure: its mean, count and 95 % bootstrap interval} of (prompts, figures), without NaN."""
-    report = {}
-    for name, column in table.items():
-        values = column.dropna().to_numpy(float)
-        if n := len(values):
-            picks = np.random.default_rng(0).integers(n, size=(resamples, n))  # (R, n)
-            low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
-            report[name] = {"mean": values.mean(), "low": low, "high": high, "n": n}
-    return report
+def interval(values: np.ndarray, figure, resamples):
+    """A figure of n values, its count and 95 % bootstrap interval; figure: (R, n, ...) to (R,)."""
+    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))  # (R, n)
+    low, high = np.percentile(figure(values[picks]), [2.5, 97.5])
+    return {"mean": figure(values[None])[0], "low": low, "high": high, "n": len(values)}
 
 
-def summarize(folder: Path, policies: list, split: str, args: Args) -> dict:
+def intervals(table: pd.DataFrame, resamples):
+    """{figure: the interval of its mean} of (prompts, figures), without NaN."""
+    columns = {name: column.dropna().to_numpy(float) for name, column in table.items()}
+    mean = partial(np.mean, axis=1)
+    return {name: interval(x, mean, resamples) for name, x in columns.items() if len(x)}
+
+
+def summarize(folder, policies, split, args):
     """{policy: {figure: interval}} of a split, and each policy's paired gain on the one before."""
     report, before = {}, np.nan
     for policy in policies:
@@ -362,7 +407,7 @@ def summarize(folder: Path, policies: list, split: str, args: Args) -> dict:
     return report
 
 
-def verifier(folder: Path, name: str, args: Args) -> dict:
+def verifier(folder, name, args):
     """{n: {figure of VERIFIER: interval}} of the first n = 1, 2, 4, ..., K samples (figure 2)."""
     report, powers = {}, {2**i for i in range(args.samples.bit_length())}
     for n in sorted(powers | {args.samples}):
@@ -370,7 +415,7 @@ def verifier(folder: Path, name: str, args: Args) -> dict:
     return report
 
 
-def reranker(folder: Path, name: str, by_id: dict, args: Args) -> dict:
+def reranker(folder, name, by_id, args):
     """The PRM as a reranker of right responses: its Top-2 against the rest (paper, figure 2).
 
     Prompts with at most two distinct right samples are left out, and for right_chain those with a
@@ -392,12 +437,12 @@ def reranker(folder: Path, name: str, by_id: dict, args: Args) -> dict:
     return {part: intervals(table, args.resamples) for part, table in tables.items()}
 
 
-def average(figures: dict) -> dict:
+def average(figures):
     """The mean of figures, and of the ends of their intervals, which is rather too wide."""
     return pd.DataFrame(figures.values()).mean().to_dict() | {"n": len(figures)}
 
 
-def benchmark_figures(rows: Iterable, by_id: dict, resamples: int = 2000) -> dict:
+def benchmark_figures(rows, by_id, resamples=2000):
     """Figures of one policy on one benchmark: score, plain, unparsable share, score by category.
 
     Rows of one "group" are copies of a question: it is right if all are; plain looks at the base
@@ -409,23 +454,63 @@ def benchmark_figures(rows: Iterable, by_id: dict, resamples: int = 2000) -> dic
     >>> {key: float(figure["mean"]) for key, figure in figures.items()}
     {'score': 0.5, 'plain': 1.0, 'unparsable': 0.0, 'macro': 0.5, 'a': 0.0, 'b': 1.0}
     """
-    verdicts = []
-    for row in rows:
-        example, key = by_id[row["id"]], row["id"]
-        group, category = example.get("group", key), example.get("category")
-        verdicts.append((len(key), group, category, row["correct"], row["answer"] is None))
-    names = ["length", "group", "category", "plain", "unparsable"]
-    table = pd.DataFrame(verdicts, columns=names).sort_values("length", kind="stable")
-    questions = table.groupby("group").first()
-    questions["score"] = table.groupby("group")["plain"].all()
+    table = pd.DataFrame(
+        {"group": row["id"], "category": None, **by_id[row["id"]], **row} for row in rows
+    )
+    table["unparsable"] = table["answer"].isna()
+    table = table.sort_values("id", key=lambda ids: ids.str.len(), kind="stable")
+    copies = table.groupby("group")
+    questions = copies[["category", "correct"]].first().rename(columns={"correct": "plain"})
+    questions["score"] = copies["correct"].all()
     figures = intervals(questions[["score", "plain"]], resamples)
     figures |= intervals(table[["unparsable"]], resamples)
-    categories = {}
-    for category, scores in questions.groupby("category")["score"]:
-        categories |= intervals(scores.to_frame(category), resamples)
+    known = questions.dropna(subset="category")
+    categories = intervals(known.pivot(columns="category", values="score"), resamples)
     if categories:
         figures["macro"] = average(categories)
     return figures | categories
+
+
+def macro_f1(counts: np.ndarray) -> np.ndarray:
+    """The mean of the F1 of right steps and that of wrong ones, (R,).
+
+    counts: (R, n, 3) of n samples: steps that are right and called so, wrong and called so, others.
+
+    >>> macro_f1(np.array([[[2, 1, 1], [1, 0, 1]]])).tolist()
+    [0.625]
+    """
+    right, wrong, missed = np.moveaxis(counts.sum(1), -1, 0)  # (R,) each
+    shares = (2 * hits / np.maximum(2 * hits + missed, 1) for hits in (right, wrong))
+    return sum(shares) / 2
+
+
+def step_counts(steps, threshold) -> pd.DataFrame:
+    """What `macro_f1` counts, a row per sample, if a step is right from a threshold on."""
+    right, called = steps["labels"] > 0, steps["scores"] >= threshold
+    hits = {"right": right & called, "wrong": ~(right | called), "missed": right ^ called}
+    return pd.DataFrame(hits).groupby([steps["source"], steps["id"]]).sum()
+
+
+def step_figures(rows, resamples):
+    """Macro F1 of the PRM's step verdicts by source, of the rows of `score_processes`.
+
+    The threshold is the best of 101 on a fifth of the samples, drawn by id; the other four fifths
+    are reported. Steps with the label 0 are ignored.
+    """
+    scored = [row for row in rows if row["scores"]]
+    steps = pd.DataFrame(scored).explode(["labels", "scores"])
+    steps = steps[steps["labels"] != 0].astype({"labels": int, "scores": float})
+    drawn = steps["id"].map(lambda sample: seed_of(sample) % 5 == 0)
+    tuned, kept = steps[drawn], steps[~drawn]
+    thresholds = tuned["scores"].quantile(np.linspace(0, 1, 101))
+    fitness = macro_f1(np.stack([step_counts(tuned, threshold) for threshold in thresholds]))
+    threshold = thresholds.iloc[fitness.argmax()]
+    figures = {}
+    for source, counts in step_counts(kept, threshold).groupby("source"):
+        figures[source] = interval(counts.to_numpy(), macro_f1, resamples)
+    figures["macro"] = average(figures)
+    report = {"threshold": threshold, "chosen_on": tuned["id"].nunique(), "macro_f1": figures}
+    return report | {"reported": kept["id"].nunique(), "unscored": len(rows) - len(scored)}
 
 
 # ---- tables and charts
@@ -433,7 +518,7 @@ def benchmark_figures(rows: Iterable, by_id: dict, resamples: int = 2000) -> dic
 STYLES = {"greedy_gain": ("+", 100), "steps": ("", 1)}  # sign and scale where not ("", 100)
 
 
-def show(figure: dict | None, sign: str = "", scale: float = 100) -> str:
+def show(figure: dict | None, sign="", scale=100):
     """A mean and its interval as text, in percent unless scaled otherwise.
 
     >>> show({"mean": 0.5, "low": 0.25, "high": 0.75}), show(None)
@@ -447,7 +532,7 @@ def show(figure: dict | None, sign: str = "", scale: float = 100) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def figure_table(title: str, columns: dict):
+def figure_table(title, columns):
     """{column: {key: figure}} as a Markdown table: a row per key, and how many a figure is of."""
     lines = [["", *columns, "n"], ["---"] * (len(columns) + 2)]
     for key in {key: None for figures in columns.values() for key in figures}:
@@ -458,7 +543,7 @@ def figure_table(title: str, columns: dict):
     return f"\n{title}\n\n{text}"
 
 
-def table_4(report: dict) -> dict:
+def table_4(report):
     """{benchmark: {policy: figures}} as {policy: {benchmark: score}}, the paper's Table 4.
 
     The average needs all five.
@@ -466,12 +551,12 @@ def table_4(report: dict) -> dict:
     table = {policy: {} for policy in next(iter(report.values()))}
     for policy, scores in table.items():
         scores |= {BENCHMARKS[name].title: report[name][policy]["score"] for name in report}
-        if len(scores) == len(BENCHMARKS):
+        if len(scores) == len(BENCHMARKS) - 1:  # all but STEPS
             scores["average"] = average(scores)
     return table
 
 
-def tabulate(report: dict, args: Args) -> str:
+def tabulate(report, args):
     """The whole report as Markdown, and what it depends on besides weights and data."""
     benchmarks = report.get("benchmarks", {})
     tables = {
@@ -480,13 +565,23 @@ def tabulate(report: dict, args: Args) -> str:
         "## PRM on n samples of the policy that evolving starts from": report["prm"]["verifier"],
         "## PRM on its right responses": report["prm"]["reranker"],
     }
+    if found := report["prm"].get(STEPS):
+        tables[STEPS_TITLE.format(**found)] = {"macro F1": found["macro_f1"]}
     if benchmarks:
         tables["## Benchmarks (the paper's Table 4)"] = table_4(benchmarks)
     for name, policies in benchmarks.items():
         tables[f"### {BENCHMARKS[name].title}"] = policies
     text = "".join(figure_table(title, columns) for title, columns in tables.items())
+    for name, found in report.get("left_out", {}).items():
+        text += f"\n{found['share']:.1%} of {found['records']} records of {name} are left out\n\n"
+        text += "".join(f"- {row['record']}: {row['reason']}\n" for row in found["left_out"])
     return REPORT.format(**vars(args), tables=text, torch=torch, transformers=transformers)
 
+
+STEPS_TITLE = """## PRM against human verdicts on steps (VisualProcessBench)
+
+Macro F1 if a step is right from the score {threshold:.6f} on, which was chosen on {chosen_on}
+samples; reported are {reported} others. {unscored} had steps that are not apart in tokens."""
 
 REPORT = """# Evaluation
 
@@ -496,21 +591,14 @@ copies of questions, score that on all copies at once, macro its mean over categ
 {tables}
 ## Settings
 
-Prompt: the processor's chat template around one user turn, the image and then
-
-```
-<question>
-Choices: (these lines where there are choices)
-(A) <choice>
-{instruction}
-```
-
+Prompt: the processor's chat template around one user turn: the image, the question, where there
+are choices the line "Choices:" and a line "(A) <choice>" for each, and: {instruction}
 A response that is cut at {max_new_tokens} new tokens is wrong. Seed {seed}; versions:
 torch {torch.__version__}, transformers {transformers.__version__}.
 """
 
 
-def draw_dynamics(evolving: Path, path: Path) -> None:
+def draw_dynamics(evolving, path):
     """The paper's figures: the dynamics over iterations, and Pass@K at fixed temperatures."""
     metrics, searches = evolving / "metrics.jsonl", evolving / "temperature.jsonl"
     looks = pd.DataFrame(read_jsonl(metrics)).dropna(subset="pass_at_k").set_index("iteration")
@@ -526,39 +614,17 @@ def draw_dynamics(evolving: Path, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def draw_intervals(axis, report: dict, key: str, style: str) -> None:
-    """{x: {key: interval}} as points with error bars."""
-    rows = pd.DataFrame({x: figures[key] for x, figures in report.items() if key in figures}).T
-    if len(rows):
-        errors = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
-        axis.errorbar(rows.index, rows["mean"], errors, fmt=style, capsize=4, label=key)
-        axis.legend(frameon=False)
-
-
-def draw_prm(report: dict, path: Path) -> None:
-    """The paper's figure 2: votes and best-of-n over n, the PRM's Top-2 against the rest."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    left, *others = figure.subplots(1, 3)
-    left.set_xlabel("n samples of the start policy")
-    for key in VERIFIER:
-        draw_intervals(left, report["verifier"], key, "o-")
-    parts = {part: report["reranker"][part] for part in ("Top-2", "rest")}
-    for axis, key in zip(others, ("steps", "right_chain")):
-        draw_intervals(axis, parts, key, "o")
-    figure.savefig(path, dpi=150)
-
-
 # ---- the run
 
 
-def origin_of(folder: Path) -> dict:
+def origin_of(folder):
     """{"flags", "inputs"} of a run of stage 03; raises InputError where there is none."""
     if not (folder / "run.json").exists():
         raise InputError(f"{folder} holds no run; run 03_self_evolve.py first")
     return json.loads((folder / "run.json").read_text())
 
 
-def policies_of(runs: Path, flags: dict, base: str) -> dict:
+def policies_of(runs, flags, base):
     """{name: folder}: the base, what 03 began with, what became of it; flags: those of stage 03.
 
     >>> flags = M_STAR | {"policy": "runs/a/01_warmup/model", "method": "rest_em"}
@@ -573,23 +639,46 @@ def policies_of(runs: Path, flags: dict, base: str) -> dict:
     return policies | {evolved: runs / "03_self_evolve" / "model"}
 
 
-def predict(out: Path, policies: dict, prm: Path, examples: dict, args: Args) -> None:
+def predict(out, policies, prm, examples, args):
     """Every policy on every prompt: greedy, and but for benchmarks K samples; all are scored."""
     drawn = {"k": args.samples, "temperature": args.temperature, "purpose": "eval"}
     for policy, folder in policies.items():
         with Sampler(folder, args, prm=prm) as sampler:
             for split in ("test", "ood"):
                 sampler.look(out / "predictions", f"{policy}_{split}", examples[split], **drawn)
-            for name in args.benchmarks:
+            for name in args.asked:
                 path = out / "benchmarks" / f"{policy}_{name}.jsonl"
                 sampler.sample(path, examples[name], n=1, temperature=0.0, purpose="eval")
+    if STEPS in args.benchmarks:
+        score_processes(out / "benchmarks" / f"{STEPS}.jsonl", prm, examples[STEPS], args)
 
 
-def judge(out: Path, policies: list, examples: dict, args: Args) -> dict:
+def score_processes(path, prm, examples, args):
+    """Phase: the PRM's scores of the steps of VisualProcessBench's responses, a row each.
+
+    They are None where steps cannot be told apart in tokens.
+    """
+    model = None if is_there(path) else load_prm(prm, args)
+
+    def produce(chunk):
+        """The rows of a chunk."""
+        found = [encode_steps(example["steps"], model.tokenizer) for example in chunk]
+        token_ids = [[pair[0]] if pair else [] for pair in found]
+        for example, scores in zip(chunk, score_steps(model, chunk, token_ids, args)):
+            row = {"id": example["id"], "source": example["category"], "labels": example["labels"]}
+            yield row | {"scores": scores[0] if scores else None}
+
+    write_chunks(path, examples, produce, args, path.stem)
+
+
+def judge(out, policies, examples, args):
     """{split: {policy: figures}, "benchmarks": {benchmark: {policy: figures}}, "prm": figures}."""
     folder, start = out / "predictions", f"{policies[-2]}_test"
     report = {split: summarize(folder, policies, split, args) for split in ("test", "ood")}
     for name in args.benchmarks:
+        listed = Path(args.data_root) / name / "left_out.json"
+        report.setdefault("left_out", {})[name] = json.loads(listed.read_text("utf-8"))
+    for name in args.asked:
         figures = report.setdefault("benchmarks", {}).setdefault(name, {})
         for policy in policies:
             rows = stream_jsonl(out / "benchmarks" / f"{policy}_{name}.jsonl")
@@ -598,10 +687,13 @@ def judge(out: Path, policies: list, examples: dict, args: Args) -> dict:
         "verifier": verifier(folder, start, args),
         "reranker": reranker(folder, start, by_id_of(examples["test"]), args),
     }
+    if STEPS in args.benchmarks:
+        rows = read_jsonl(out / "benchmarks" / f"{STEPS}.jsonl")
+        report["prm"][STEPS] = step_figures(rows, args.resamples)
     return report
 
 
-def main(args: Args) -> None:
+def main(args):
     """Load, predict, judge, tabulate, draw."""
     if unknown := set(args.benchmarks) - set(BENCHMARKS):
         raise InputError(f"--benchmarks knows {', '.join(BENCHMARKS)}, not {', '.join(unknown)}")
@@ -623,12 +715,11 @@ def main(args: Args) -> None:
     examples = dict(zip(data, fitting(out, prm, args, *files)))
     predict(out, policies, prm, examples, args)
 
-    def write_report(part: Path) -> None:
+    def write_report(part):
         """Judge, tabulate and draw; `part` becomes report.json, the last file."""
         report = judge(out, list(policies), examples, args)
         write_atomic(out / "report.md", [tabulate(report, args)])
         draw_dynamics(evolving, out / "dynamics.png")
-        draw_prm(report["prm"], out / "prm.png")
         write_json(part, report)
 
     once(out / "report.json", write_report)

@@ -787,6 +787,8 @@ def read_choice(answer: str, example: dict) -> Answer | None:
     if not listed:
         options |= OPTION.findall(plain(example.get("question", "")))
     named = named_options(plain(answer), options, bool(listed))
+    if listed:  # of equal options the first stands for all
+        named = {LETTERS[listed.index(options[letter])] for letter in named}
     return Answer("choice", named.pop().upper()) if len(named) == 1 else None
 
 

@@ -1,16 +1,20 @@
-"""The five benchmarks: small hand-written files of the published forms, with every known quirk."""
+"""The benchmarks: small hand-written files of the published forms, with every known quirk."""
 
 import base64
 import io
 import json
+import random
 import shutil
 
 import datasets
+import numpy
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import stage
 from PIL import Image
+from sklearn.metrics import f1_score
 
 import common
 
@@ -52,6 +56,13 @@ def made(name, folder):
     """The checked examples of a benchmark folder by id."""
     examples = common.load_examples(evaluate.make_benchmark(name, folder))
     return {example["id"].removeprefix(name + "-"): example for example in examples}
+
+
+def left_out(folder):
+    """The reasons why records were left out, by record; and of how many."""
+    found = json.loads((folder / "left_out.json").read_text())
+    assert found["share"] == len(found["left_out"]) / found["records"]
+    return {row["record"]: row["reason"] for row in found["left_out"]}, found["records"]
 
 
 def is_right(example, response):
@@ -147,47 +158,113 @@ def test_mathvista_asks_its_own_query_and_answers_are_positions_or_typed(tmp_pat
     assert not is_right(got["4"], "")  # the empty answer earns nothing
 
 
+def on_disk(rows, folder):
+    """Rows without their images, which are written where `image` says, beside the rows' file."""
+    for row in rows:
+        path = folder / row["image"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(row["decoded_image"])
+    return [{k: v for k, v in row.items() if k != "decoded_image"} for row in rows]
+
+
 def test_mathvista_by_image_path_reads_the_files_beside_its_json(tmp_path):
     folder = tmp_path / "mathvista"
-    rows = [{k: v for k, v in row.items() if k != "decoded_image"} for row in VISTA[:2]]
-    (folder / "images").mkdir(parents=True)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    for row in rows:
-        (folder / row["image"]).write_bytes(picture(3, "JPEG"))
-    (folder / "testmini.jsonl").write_text(lines)
+    rows = on_disk(VISTA[:2], folder)
+    common.write_jsonl(folder / "testmini.jsonl", rows)
     first = made("mathvista", folder)
     images = [example["image"] for example in first.values()]
     assert images == [str(folder / "images" / f"{pid}.jpg") for pid in (168, 1)]
-    (folder / "testmini.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    common.write_jsonl(folder / "testmini.jsonl", rows[:1])
     assert list(made("mathvista", folder)) == ["168"]  # one record is no set of records
     (folder / "testmini.jsonl").unlink()
-    # the form of the authors' own repository, a list, and JSON lines under the name of JSON
-    keyed = {row["pid"]: row for row in rows}
-    for text in (json.dumps(keyed), json.dumps(rows), lines):
-        (folder / "testmini.json").write_text(text)
-        assert made("mathvista", folder) == first
+    common.write_json(folder / "testmini.json", rows)  # a list
+    assert made("mathvista", folder) == first
+
+
+def test_the_repository_of_mathvistas_authors_is_read_with_its_queries(tmp_path):
+    folder, rows = tmp_path / "mathvista", on_disk(VISTA, tmp_path / "mathvista/data")
+    queries = {row["pid"]: row["query"] for row in rows} | {"1001": "of the split test"}
+    keyed = {row["pid"]: {k: v for k, v in row.items() if k != "query"} for row in rows}
+    common.write_json(folder / "data/testmini.json", keyed)
+    # notes on the records, under a name that ends alike
+    notes = {pid: {"solution": None} for pid in keyed}
+    common.write_json(folder / "data/annot_testmini.json", notes)
+    says = r"mathvista record 1 is not as published: .*query.json must lie beside"
+    with pytest.raises(common.InputError, match=says):
+        evaluate.make_benchmark("mathvista", folder)
+    common.write_json(folder / "data/query.json", queries)
+    theirs = made("mathvista", folder)
+    # the rows of the hub, whose files stand beside those of the authors
+    parquet(folder / "data/testmini-00000-of-00001.parquet", VISTA, "decoded_image")
+    ours = made("mathvista", folder)
+    for example in ours.values():
+        example["image"] = theirs[example["id"].removeprefix("mathvista-")]["image"]
+    assert theirs == ours and list(theirs) == ["168", "1", "2", "3", "4", "5"]
+    assert shade_of(theirs["168"]) == 168
+
+
+def test_of_two_equal_choices_either_letter_is_right(tmp_path):
+    rows = [vista("781", "How long?", "18", "text", ["9", "12", "18", "18"])]
+    folder = parquet(tmp_path / "mathvista/testmini.parquet", rows, "decoded_image")
+    example = made("mathvista", folder)["781"]
+    right = ["C", "D", "(D) 18", "18"]
+    assert [text for text in "ABCD" if is_right(example, f"Answer: {text}")] == ["C", "D"]
+    assert all(is_right(example, f"Answer: {text}") for text in right)
+
+
+# ---- records that cannot be used
 
 
 OTHER_CHOICES = "Hint: h\nQuestion: q\nChoices:\n(A) Yes\n(B) Maybe"
+BAD = [
+    ({"query": OTHER_CHOICES}, "do not fit together"),
+    ({"answer": "Maybe"}, "'Maybe' is not in list"),
+    ({"choices": None}, "do not fit together"),
+    ({"answer_type": "poem", "choices": None, "query": "Question: q"}, "must be one of"),
+    ({"decoded_image": b"text"}, "cannot be read"),
+    ({"decoded_image": picture(0)[:60]}, "cannot be read"),
+    ({"metadata": None}, "TypeError"),
+    ({"pid": "12"}, "id mathvista-12 is there already"),
+]
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"query": OTHER_CHOICES}, "do not fit together"),
-        ({"answer": "Maybe"}, "'Maybe' is not in list"),
-        ({"choices": None}, "do not fit together"),
-        ({"metadata": task("poetry")}, "poetry"),
-        ({"decoded_image": b"text"}, "cannot identify image"),
-    ],
-)
-def test_a_mathvista_record_of_another_form_is_refused_with_its_number(tmp_path, change, message):
-    rows = [VISTA[5], {**VISTA[4], **change}]
+@pytest.mark.parametrize("change, reason", BAD)
+def test_one_bad_record_of_thirty_is_left_out_and_listed(tmp_path, change, reason):
+    rows = [vista(str(pid), "Is it?", "No", "text", ["Yes", "No"]) for pid in range(30)]
+    rows[20] |= change
     folder = parquet(tmp_path / "mathvista/testmini.parquet", rows, "decoded_image")
-    says = f"mathvista record 2 is not as published .*{message}"
+    got = made("mathvista", folder)
+    assert list(got) == [str(pid) for pid in range(30) if pid != 20]
+    reasons, records = left_out(folder)
+    assert records == 30 and list(reasons) == ["mathvista record 21"]
+    assert reason in reasons["mathvista record 21"]
+    # without the published files the list stays, as the examples do
+    (folder / "testmini.parquet").unlink()
+    assert made("mathvista", folder) == got and left_out(folder) == (reasons, 30)
+
+
+def test_four_bad_records_of_thirty_refuse_the_set_and_the_first_is_named(tmp_path):
+    rows = [vista(str(pid), "Is it?", "No", "text", ["Yes", "No"]) for pid in range(30)]
+    for pid in (7, 8, 9):
+        rows[pid]["answer"] = "Maybe"
+    folder = parquet(tmp_path / "mathvista/testmini.parquet", rows, "decoded_image")
+    assert len(made("mathvista", folder)) == 27  # exactly a tenth is not more
+    rows[29]["answer"] = "Perhaps"
+    parquet(folder / "testmini.parquet", rows, "decoded_image")
+    says = r"4 of 30 records of .*, more than a tenth; mathvista record 8 is not .*'Maybe'"
     with pytest.raises(common.InputError, match=says):
         evaluate.make_benchmark("mathvista", folder)
-    assert not (folder / "examples.jsonl").exists()
+    assert not (folder / "left_out.json").exists()
+
+
+def test_an_image_outside_the_benchmarks_folder_is_left_out(tmp_path):
+    folder = tmp_path / "mathvista"
+    rows = on_disk([vista(str(pid), "How many?", "7", "integer") for pid in range(10)], folder)
+    (tmp_path / "secret.png").write_bytes(picture(1))
+    rows[3]["image"] = "../secret.png"
+    common.write_jsonl(folder / "testmini.jsonl", rows)
+    assert len(made("mathvista", folder)) == 9
+    assert "secret.png" in left_out(folder)[0]["mathvista record 4"]
 
 
 # ---- M3CoT and MMStar-R
@@ -224,7 +301,6 @@ def test_m3cot_has_a_line_of_context_only_where_there_is_some(tmp_path):
         ("Which?", "B", "mathematics"),
     ]
     assert len({example["image"] for example in got.values()}) == 1  # one file for one image
-    assert got["s-1"]["image"].endswith(".jpeg")
 
 
 def star(index, question, answer, category):
@@ -254,10 +330,7 @@ def test_mmstar_r_keeps_its_options_in_the_question_and_drops_perception(tmp_pat
     wrong = [("1", "B: red, blue"), ("3", "5"), ("3", "(B) 4"), ("4", "A: red, B: 1,200 km")]
     for key, answer in wrong:
         assert not is_right(got[key], f"Answer: {answer}"), (key, answer)
-    rows = [star(6, asked, "A", "poetry")]
-    folder = bare_parquet(tmp_path / "mmstar_r/mmstar.parquet", rows)
-    with pytest.raises(common.InputError, match="record 1 .*unknown category 'poetry'"):
-        evaluate.make_benchmark("mmstar_r", folder)
+    assert left_out(tmp_path / "mmstar_r") == ({}, 6)  # perception is no bad record
 
 
 # ---- MMBench-R
@@ -309,24 +382,23 @@ def test_mmbench_r_groups_circular_copies_and_finds_images_in_other_rows(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "row, message",
+    "row, reason",
     [
-        (bench(12, "A" * 400, "A", ["x", "y"]), "record 8 .*cannot identify image"),
-        (bench(12, "?" * 400, "A", ["x", "y"]), "record 8 is not as published"),
+        (bench(12, "A" * 400, "A", ["x", "y"]), "cannot be read"),
+        (bench(12, "?" * 400, "A", ["x", "y"]), "base64"),
+        (bench(12, "99", "A", ["x", "y"]), "Incorrect padding"),  # of a row that is not there
         (bench(12, PIXELS[0], "A", ["x", "", "z"]), "an option is missing"),
-        (bench(12, PIXELS[0], "A", ["x", "y"], "poetry"), "unknown category 'poetry'"),
-        (bench("twelve", PIXELS[0], "A", ["x", "y"]), "record 8 is not as published"),
+        (bench(12, PIXELS[0], "E", ["x", "y"]), "the answer 'E' is none of the choices"),
+        (bench("twelve", PIXELS[0], "A", ["x", "y"]), "ValueError"),
+        (bench(10, PIXELS[0], "A", ["x", "y"]), "is there already"),
     ],
 )
-def test_an_mmbench_row_of_another_form_is_refused(tmp_path, row, message):
-    with pytest.raises(common.InputError, match=message):
-        evaluate.make_benchmark("mmbench_r", tsv(tmp_path / "mmbench_r", [*MMBENCH, row]))
-
-
-def test_an_mmbench_image_in_a_row_that_is_not_there_is_refused(tmp_path):
-    rows = [*MMBENCH, bench(12, "99", "A", ["x", "y"])]
-    with pytest.raises(common.InputError, match="examples.jsonl line 6: .*99"):
-        made("mmbench_r", tsv(tmp_path / "mmbench_r", rows))
+def test_an_mmbench_row_of_another_form_is_left_out(tmp_path, row, reason):
+    more = [bench(index, PIXELS[0], "A", ["x", "y"]) for index in range(20, 30)]
+    folder = tsv(tmp_path / "mmbench_r", [*MMBENCH, *more, row])
+    assert len(made("mmbench_r", folder)) == 15
+    reasons, records = left_out(folder)
+    assert records == 18 and reason in reasons.pop("mmbench_r record 18") and not reasons
 
 
 # ---- AI2D
@@ -342,6 +414,160 @@ def test_ai2d_answers_are_positions_even_where_options_are_letters(tmp_path):
     assert [example["answer"] for example in got.values()] == ["D", "A"]
     assert is_right(got["0"], "Answer: D") and is_right(got["0"], "Answer: (D) A")
     assert not is_right(got["0"], "Answer: A") and not is_right(got["0"], "Answer: (D) D")
+
+
+# ---- VisualProcessBench
+
+
+def process(number, steps, labels, source="MMMU", images=1):
+    """A line of VisualProcessBench; its images are those of `process_bench`."""
+    return {
+        "image": [
+            f"images/{source}/a_path_of_more_than_sixty_four_characters_{number % 3}_{i}.png"
+            for i in range(images)
+        ],
+        "question": f"<image>\nQuestion {number}?",
+        "answer": "D",
+        "response": {"steps": steps, "process_correctness": labels},
+        "policy_model": "InternVL2.5-8B",
+        "data_source": source,
+    }
+
+
+def process_bench(folder, rows):
+    """The lines as they are published, with their images."""
+    for row in rows:
+        for name in row["image"]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(picture(7))
+    common.write_jsonl(folder / "test.jsonl", rows)
+    return folder
+
+
+PROCESSES = [
+    process(
+        n, ["sum of row 1 :", "3 + 4 = 7", "Answer : 7"], [1, -1 if n % 3 else 1, n % 2], source
+    )
+    for n, source in enumerate(["MMMU", "WeMath"] * 15)
+]
+
+
+def test_visualprocessbench_keeps_steps_and_labels_and_leaves_out_several_images(tmp_path):
+    rows = [*PROCESSES, process(30, ["a", "b"], [1, 0], images=2), process(31, ["a"], [1, 1])]
+    rows += [process(32, ["a", "b"], [1, 2])]
+    folder = process_bench(tmp_path / "visualprocessbench", rows)
+    got = made("visualprocessbench", folder)
+    assert list(got) == [str(n) for n in range(30)]
+    assert got["4"]["steps"] == ["sum of row 1 :", "3 + 4 = 7", "Answer : 7"]
+    assert got["4"]["labels"] == [1, -1, 0] and got["4"]["category"] == "MMMU"
+    assert got["4"]["question"] == "Question 4?"  # the image has its own place in a prompt
+    assert shade_of(got["4"]) == 7
+    reasons, records = left_out(folder)
+    assert records == 33
+    assert {key: reason.split("(")[1][1:9] for key, reason in reasons.items()} == {
+        "visualprocessbench record 31": "2 images",
+        "visualprocessbench record 32": "steps an",
+        "visualprocessbench record 33": "steps an",
+    }
+
+
+def test_macro_f1_is_that_of_scikit_learn():
+    draws = random.Random(0)
+    for _ in range(20):
+        n = draws.randrange(1, 9)
+        steps = pandas.DataFrame(
+            {
+                "id": [str(draws.randrange(3)) for _ in range(n)],
+                "source": "s",
+                "labels": [draws.choice([1, -1]) for _ in range(n)],
+                "scores": [draws.random() for _ in range(n)],
+            }
+        )
+        counts = evaluate.step_counts(steps, 0.4).to_numpy()
+        called = numpy.where(steps["scores"] >= 0.4, 1, -1)
+        wanted = f1_score(steps["labels"], called, labels=[1, -1], average="macro", zero_division=0)
+        assert evaluate.macro_f1(counts[None]) == pytest.approx([wanted])
+
+
+def verdicts(n, source, wrong=lambda k: False):
+    """Rows of n samples: right steps score 0.7, wrong ones 0.4; those of `wrong` the other way."""
+    rows = []
+    for k in range(n):
+        high, low = (0.4, 0.7) if wrong(k) else (0.7, 0.4)
+        row = {"id": f"{source}-{k}", "source": source, "labels": [1, 0, -1]}
+        rows.append(row | {"scores": [high, 0.1, low]})
+    return rows
+
+
+def test_the_threshold_is_chosen_on_a_fifth_of_the_samples_that_is_not_reported():
+    rows = verdicts(300, "a") + verdicts(200, "b")
+    rows.append({"id": "c", "source": "a", "labels": [1], "scores": None})
+    got = evaluate.step_figures(rows, 20)
+    assert 0.4 < got["threshold"] <= 0.7
+    assert got["chosen_on"] + got["reported"] == 500 and got["unscored"] == 1
+    assert 60 < got["chosen_on"] < 140
+    figures = got["macro_f1"]
+    assert [figures[key]["mean"] for key in ("a", "b", "macro")] == [1, 1, 1]  # 0 is ignored
+    assert figures["a"]["n"] + figures["b"]["n"] == got["reported"] and figures["macro"]["n"] == 2
+    # turned round in the reported samples alone, nothing of it reaches the threshold
+    chosen = {row["id"] for row in rows if evaluate.seed_of(row["id"]) % 5 == 0}
+    assert len(chosen - {"c"}) == got["chosen_on"]
+    turned = verdicts(300, "a", lambda k: f"a-{k}" not in chosen) + verdicts(200, "b")
+    other = evaluate.step_figures(turned, 20)
+    assert other["threshold"] == got["threshold"]
+    assert other["macro_f1"]["a"]["mean"] == 0 and other["macro_f1"]["macro"]["mean"] == 0.5
+    # and turned round in those that choose, nothing of it reaches the figures of a threshold
+    turned = verdicts(300, "a", lambda k: f"a-{k}" in chosen) + verdicts(200, "b")
+    assert evaluate.step_figures(turned, 20)["reported"] == got["reported"]
+
+
+def test_macro_f1_is_by_source_and_then_their_mean():
+    rows = verdicts(300, "a", lambda k: k % 2 == 0) + verdicts(200, "b")
+    got = evaluate.step_figures(rows, 200)
+    kept = [row for row in rows if evaluate.seed_of(row["id"]) % 5]
+    wanted = {}
+    for source in "ab":
+        pairs = [
+            (label, 1 if score >= got["threshold"] else -1)
+            for row in kept
+            if row["source"] == source
+            for label, score in zip(row["labels"], row["scores"])
+            if label
+        ]
+        wanted[source] = f1_score(*zip(*pairs), average="macro")
+        figure = got["macro_f1"][source]
+        assert figure["mean"] == pytest.approx(wanted[source])
+        assert figure["low"] <= figure["mean"] <= figure["high"]
+    assert got["macro_f1"]["a"]["low"] < wanted["a"] < got["macro_f1"]["a"]["high"]
+    assert got["macro_f1"]["macro"]["mean"] == pytest.approx(sum(wanted.values()) / 2)
+
+
+def test_the_prm_scores_every_step_of_a_response_and_none_of_one_that_is_joined(
+    tmp_path, tiny, args
+):
+    folder, prm = tmp_path / "visualprocessbench", tmp_path / "prm"
+    shutil.copytree(tiny, prm)
+    common.write_json(prm / "prm.json", {"marks": [3, 4]})
+    blank = process(30, ["3 + 4 = 7", " \n", "Answer : 7"], [1, 1, 1])
+    process_bench(folder, [*PROCESSES[:5], blank])
+    examples = list(made("visualprocessbench", folder).values())
+    args.chunk = 4
+    out = tmp_path / "benchmarks/visualprocessbench.jsonl"
+    evaluate.score_processes(out, prm, examples, args)
+    rows = common.read_jsonl(out)
+    assert [row["id"] for row in rows] == [example["id"] for example in examples]
+    assert [row["labels"] for row in rows] == [example["labels"] for example in examples]
+    assert [row["source"] for row in rows][:2] == ["MMMU", "WeMath"]
+    assert rows[5]["scores"] is None
+    loaded = common.load_prm(prm, args)
+    ids, ends = common.encode_steps(examples[2]["steps"], loaded.tokenizer)
+    assert len(ends) == 3
+    alone = common.score_steps(loaded, [examples[2]], [[ids]], args)[0][0]
+    assert rows[2]["scores"] == pytest.approx(alone, abs=1e-5)
+    before = out.read_bytes()
+    shutil.rmtree(prm)  # a finished phase asks for no model
+    evaluate.score_processes(out, prm, examples, args)
+    assert out.read_bytes() == before
 
 
 # ---- published files
@@ -361,16 +587,11 @@ def test_a_benchmark_without_files_says_what_to_do(tmp_path, monkeypatch):
         evaluate.make_benchmark("mmbench_r", tmp_path / "mmbench_r")
 
 
-def test_a_broken_file_and_two_formats_are_refused(tmp_path):
+def test_a_broken_file_is_refused(tmp_path):
     (tmp_path / "m3cot").mkdir()
     (tmp_path / "m3cot/test.parquet").write_text("no parquet")
     with pytest.raises(common.InputError, match="m3cot/test.parquet cannot be read"):
         evaluate.make_benchmark("m3cot", tmp_path / "m3cot")
-    (tmp_path / "ai2d").mkdir()
-    for name in ("test.parquet", "test.jsonl"):
-        (tmp_path / "ai2d" / name).write_text("")
-    with pytest.raises(common.InputError, match="keep one format"):
-        evaluate.make_benchmark("ai2d", tmp_path / "ai2d")
 
 
 def test_a_benchmark_comes_from_the_hub_where_there_are_no_files_and_is_then_kept(
@@ -443,6 +664,7 @@ def one(share, n=2):
 
 def test_table_4_has_a_row_per_benchmark_and_an_average_only_of_all_five():
     names = list(evaluate.BENCHMARKS)
+    names.remove("visualprocessbench")
     report = {name: {"base": one(0.1 * k), "M-STaR": one(0.2)} for k, name in enumerate(names, 1)}
     table = evaluate.table_4(report)
     titles = ["MathVista", "M3CoT", "MMStar-R", "MMBench-R", "AI2D", "average"]
@@ -479,7 +701,10 @@ def test_evaluation_on_benchmarks_writes_every_verdict_and_every_table(tmp_path,
     look |= {"pass_at_k": 1, "reward_pass_at_2": 1}
     common.write_jsonl(runs / "03_self_evolve/metrics.jsonl", [look])
     tsv(tmp_path / "data/mmbench_r", MMBENCH)
-    parquet(tmp_path / "data/mathvista/testmini.parquet", VISTA, "decoded_image")
+    vistas = [*VISTA, *[{**VISTA[1], "pid": str(pid)} for pid in range(10, 20)]]
+    vistas[9]["answer"] = "seven"
+    parquet(tmp_path / "data/mathvista/testmini.parquet", vistas, "decoded_image")
+    process_bench(tmp_path / "data/visualprocessbench", PROCESSES)
     args = evaluate.Args(
         device="cpu",
         runs=str(runs),
@@ -487,7 +712,7 @@ def test_evaluation_on_benchmarks_writes_every_verdict_and_every_table(tmp_path,
         ood=str(world / "ood.jsonl"),
         model=str(tiny),
         data_root=str(tmp_path / "data"),
-        benchmarks=["mathvista", "mmbench_r"],
+        benchmarks=["mathvista", "visualprocessbench", "mmbench_r"],
         samples=2,
         resamples=20,
         max_new_tokens=6,
@@ -496,18 +721,27 @@ def test_evaluation_on_benchmarks_writes_every_verdict_and_every_table(tmp_path,
     evaluate.main(args)
     out = runs / "04_eval"
     rows = {path.stem: common.read_jsonl(path) for path in (out / "benchmarks").iterdir()}
-    assert len(rows) == 3 * 2
-    assert sum(map(len, rows.values())) == 3 * (6 + 5)
+    assert len(rows.pop("visualprocessbench")) == 30
+    assert len(rows) == 3 * 2  # no policy is asked for VisualProcessBench
+    assert sum(map(len, rows.values())) == 3 * (15 + 5)
     for row in rows["base_mathvista"]:
         assert {"id", "response", "answer", "correct"} <= row.keys()
     report = json.loads((out / "report.json").read_text())
-    assert list(report) == ["test", "ood", "benchmarks", "prm"]
+    assert list(report) == ["test", "ood", "left_out", "benchmarks", "prm"]
+    assert list(report["benchmarks"]) == ["mathvista", "mmbench_r"]
+    (bad,) = report["left_out"]["mathvista"]["left_out"]
+    assert bad["record"] == "mathvista record 10" and "'seven'" in bad["reason"]
+    assert report["left_out"]["mathvista"]["share"] == 1 / 16
+    assert report["left_out"]["visualprocessbench"] == {"records": 30, "share": 0, "left_out": []}
+    steps = report["prm"]["visualprocessbench"]
+    assert steps["chosen_on"] + steps["reported"] == 30
+    assert list(steps["macro_f1"]) == ["MMMU", "WeMath", "macro"]
     base = report["benchmarks"]["mathvista"]["base"]
     assert {"FQA", "GPS", "MWP", "TQA", "VQA"} <= set(base)
     bench = report["benchmarks"]["mmbench_r"]["base"]
     assert bench["score"]["n"] == 3 and bench["unparsable"]["n"] == 5  # asked five times
     unparsable = sum(row["answer"] is None for row in rows["base_mathvista"])
-    assert base["unparsable"]["mean"] == pytest.approx(unparsable / 6)
+    assert base["unparsable"]["mean"] == pytest.approx(unparsable / 15)
     text = (out / "report.md").read_text()
     for line in (
         "## Benchmarks (the paper's Table 4)",
@@ -520,6 +754,9 @@ def test_evaluation_on_benchmarks_writes_every_verdict_and_every_table(tmp_path,
         "Think step by step , then end with Answer :",
         f"torch {evaluate.torch.__version__}",
         "cut at 6 new tokens",
+        "6.2% of 16 records of mathvista are left out\n\n- mathvista record 10: ValueError",
+        f"the score {steps['threshold']:.6f} on, which was chosen on {steps['chosen_on']}\nsamples",
+        "| WeMath |",
     ):
         assert line in text, line
 

@@ -182,8 +182,7 @@ def test_a_variant_with_a_policy_and_prm_from_elsewhere_is_judged_under_its_own_
         assert figures["unparsable"]["mean"] == pytest.approx(unparsable / 18)
         assert all(f["low"] <= f["mean"] <= f["high"] and f["n"] == 6 for f in figures.values())
     assert list(report["prm"]["verifier"]) == ["1", "2", "3"]
-    for chart in ("dynamics.png", "prm.png"):
-        assert (out / chart).read_bytes()[:4] == b"\x89PNG"
+    assert (out / "dynamics.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_policies_have_the_names_of_what_they_were_made_by(tmp_path):
@@ -226,14 +225,14 @@ def test_an_evaluation_killed_before_its_report_goes_on_with_what_it_predicted(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(evaluate, "draw_prm", kill)
+        patch.setattr(evaluate, "draw_dynamics", kill)
         judge_variant()
     common.close_runs()
     out = variant / "04_eval"
     assert (out / "report.md").exists() and not (out / "report.json").exists()
     made = {path: path.stat().st_mtime_ns for path in out.glob("predictions/*")}
     judge_variant()
-    assert (out / "report.json").exists() and (out / "prm.png").exists()
+    assert (out / "report.json").exists() and (out / "dynamics.png").exists()
     assert {path: path.stat().st_mtime_ns for path in out.glob("predictions/*")} == made
 
 
