@@ -146,7 +146,8 @@ def split_mathv360k(root: Path, seed: int) -> Path:
     Raises InputError if the ones that are there are of another file, seed or sizes.
     """
     source, report = root / "train_samples_all_tuning.json", root / "split.json"
-    once(source, fetch_mathv360k)
+    if not common.is_there(source):
+        once(source, fetch_mathv360k)
     made = {"seed": seed, "source": common.digest(source), "held_out": HELD_OUT}
 
     def write(part):

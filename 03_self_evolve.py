@@ -551,6 +551,7 @@ def main(args):
         last = out / f"iter_{iterations:02d}"
         shutil.rmtree(last / "training", ignore_errors=True)
         os.replace(last / "model", out / "model")
+        common.seal(out / "model")
         report(out, args)
 
 

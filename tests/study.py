@@ -159,7 +159,7 @@ def folder_of(name: str) -> str:
 
 def parsed(stage: str, flags: list[str]):
     """A stage's Args from its flags; raises InputError for a number out of its range."""
-    args = common.parse_flags(importlib.import_module(stage).Args, flags)
+    args, _ = common.parse_flags(importlib.import_module(stage).Args, flags)
     common.check_ranges(args)
     return args
 

@@ -720,7 +720,7 @@ def test_evaluation_on_benchmarks_writes_every_verdict_and_every_table(tmp_path,
     )
     evaluate.main(args)
     out = runs / "04_eval"
-    rows = {path.stem: common.read_jsonl(path) for path in (out / "benchmarks").iterdir()}
+    rows = {path.stem: common.read_jsonl(path) for path in out.glob("benchmarks/*.jsonl")}
     assert len(rows.pop("visualprocessbench")) == 30
     assert len(rows) == 3 * 2  # no policy is asked for VisualProcessBench
     assert sum(map(len, rows.values())) == 3 * (15 + 5)

@@ -73,8 +73,6 @@ def contents(folder) -> dict:
             found[name] = [json.loads(line) for line in lines]
             for value in found[name]:
                 value.pop("seconds", None)
-                if path.name == "digests.json":  # metrics.json holds seconds
-                    value.pop("metrics.json", None)
         elif path.is_file() and path.name != ".lock":
             found[name] = path.read_bytes()
     return found

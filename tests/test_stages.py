@@ -243,8 +243,6 @@ def contents(cwd) -> dict:
             values = [json.loads(line) for line in lines]
             for value in values:
                 value.pop("seconds", None)
-                if path.name == "digests.json":  # metrics.json holds seconds
-                    value.pop("metrics.json", None)
             found[name] = values
         elif path.name != ".lock":
             found[name] = path.read_bytes()

@@ -168,7 +168,7 @@ def test_a_variant_with_a_policy_and_prm_from_elsewhere_is_judged_under_its_own_
     report = json.loads((out / "report.json").read_text())
     assert list(report) == ["test", "ood", "prm"]
     assert list(report["test"]) == ["base", "warm-up", "evolved"]
-    predictions = {path.name: common.read_jsonl(path) for path in out.glob("predictions/*")}
+    predictions = {path.name: common.read_jsonl(path) for path in out.glob("predictions/*.jsonl")}
     assert len(predictions) == 3 * 2 * 2  # policies, splits, greedy and samples
     for name, figures in report["test"].items():
         greedy, samples = (
@@ -230,10 +230,10 @@ def test_an_evaluation_killed_before_its_report_goes_on_with_what_it_predicted(
     common.close_runs()
     out = variant / "04_eval"
     assert (out / "report.md").exists() and not (out / "report.json").exists()
-    made = {path: path.stat().st_mtime_ns for path in out.glob("predictions/*")}
+    made = {path: path.stat().st_mtime_ns for path in out.glob("predictions/*.jsonl")}
     judge_variant()
     assert (out / "report.json").exists() and (out / "dynamics.png").exists()
-    assert {path: path.stat().st_mtime_ns for path in out.glob("predictions/*")} == made
+    assert {path: path.stat().st_mtime_ns for path in out.glob("predictions/*.jsonl")} == made
 
 
 def test_two_ranks_write_the_report_that_one_writes(variant):
@@ -528,7 +528,7 @@ def test_a_row_is_judged_anew_where_its_prompts_are_others(world, tmp_path, monk
     assert {split: len(verdicts) for split, verdicts in first.items()} == {"test": 6, "ood": 4}
     assert study.greedy_verdicts("data/toy/base", args) == first
     shutil.copy("data/toy/val.jsonl", "data/toy/test.jsonl")
-    with pytest.raises(common.InputError, match="made with other settings: input test was"):
+    with pytest.raises(common.InputError, match="was made otherwise: input test was"):
         study.greedy_verdicts("data/toy/base", args)
 
 
