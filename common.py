@@ -32,6 +32,7 @@ from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
@@ -52,6 +53,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers.cache_utils import DynamicLayer
 
 if "__mp_main__" in sys.modules and sys.platform == "linux":
     # This is a process of vLLM, which reads the script again. PR_SET_PDEATHSIG: a killed stage
@@ -1164,25 +1166,55 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:6], "big")
 
 
-def take_rows(policy, cache, mask, index) -> torch.Tensor:
-    """Keep, repeat or reorder the rows of a cache, in place, and of its mask (B, L), returned."""
-    for layer in cache.layers:  # layers of linear attention hold a state and have the second only
-        getattr(layer, "batch_select_indices", layer.reorder_cache)(index)
-    inner = policy.model.base_model
-    if getattr(inner, "rope_deltas", None) is not None:  # 3-D positions: one offset per row
-        inner.rope_deltas = inner.rope_deltas[index]
-    return mask[index]
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room behind its tokens; a plain one copies itself for every new token."""
+
+    def __init__(self, layer):
+        vars(self).update(vars(layer))
+        self.length = layer.get_seq_length()
+
+    def get_seq_length(self):
+        """How many tokens it holds."""
+        return self.length
+
+    def update(self, keys, values, *args, **kwargs):
+        """Write states (B, heads, W, D) behind those that are there; returns them all."""
+        start, self.length = self.length, self.length + keys.shape[2]
+        if self.length > self.keys.shape[2]:
+            room = (0, 0, 0, 31)  # for 31 more tokens
+            super().update(F.pad(keys, room), F.pad(values, room))
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
-def cached_positions(policy, mask, width) -> dict:
-    """{"position_ids": (3, B, width)} behind a cache, for families with 3-D positions; else {}.
+def read_prompts(policy, batch) -> tuple:
+    """Read prompts: their cache, their offset and the logits of their next token (B, V).
 
-    Left to itself their forward pass would take the positions of the whole mask (B, L).
+    The offset leads from the number of tokens to the next position (B, 1) in families with 3-D
+    positions; else it is None.
     """
-    offset = getattr(policy.model.base_model, "rope_deltas", None)  # (B, 1) to the tokens so far
-    if offset is None:
-        return {}
-    return {"position_ids": (mask.cumsum(-1)[:, -width:] - 1 + offset).expand(3, -1, -1)}
+    out = policy.model(**batch, use_cache=True, logits_to_keep=1)
+    cache = out.past_key_values
+    # A sliding window and linear attention have layers of their own.
+    cache.layers = [RoomyLayer(x) if type(x) is DynamicLayer else x for x in cache.layers]
+    offset = getattr(policy.model.base_model, "rope_deltas", None)
+    return cache, offset, out.logits[:, -1].float()
+
+
+def take_rows(cache, index, *tensors) -> list:
+    """Keep, repeat or reorder the rows of a cache, in place, and of what goes with it, returned."""
+    cache.reorder_cache(index)
+    return [x if x is None else x[index] for x in tensors]
+
+
+def inputs_behind(cache, ids, mask, offset) -> dict:
+    """What a model is given to read token ids (B, W) behind a cache; mask: (B, L + W)."""
+    inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+    if offset is not None:  # left to itself it would take the positions of the whole mask
+        places = mask.cumsum(-1)[:, -ids.shape[1] :] - 1 + offset  # (B, W)
+        inputs["position_ids"] = places.expand(3, -1, -1)
+    return inputs
 
 
 def generate(
@@ -1207,8 +1239,8 @@ def generate(
         """The token ids of one batch."""
         batch = encode_prompts(policy, examples[part], args)
         batch = append_tokens(batch, prefixes[part], policy.pad_id, left=True)
-        room = [args.max_new_tokens - len(prefix) for prefix in prefixes[part]]
-        return decode(policy, batch, seeds[part], temperature[part], room)
+        most = max(0, args.max_new_tokens - min(map(len, prefixes[part])))
+        return decode(policy, batch, seeds[part], temperature[part], most)
 
     torch.set_num_threads(threads // workers)
     try:
@@ -1252,56 +1284,53 @@ def to_responses(policy, tails, seeds, prefixes, args) -> list[list[Response]]:
 def draw(logits, temperature, uniform) -> torch.Tensor:
     """One token per row of logits (b, V) at its T (b,) and draw in [0, 1) (b,); greedy at T = 0.
 
-    The inverse of the cumulative distribution, in float64: in float32 a token near a border would
-    now and then depend on the other rows of the batch.
+    The inverse of the cumulative distribution, summed in float64: in float32 a token near a border
+    would now and then depend on the other rows of the batch.
     """
-    greedy = logits.argmax(-1)  # (b,)
     if not temperature.any():
-        return greedy
+        return logits.argmax(-1)
     heat = temperature.clamp(min=1e-6)[:, None]
-    cumulative = (logits / heat).softmax(-1, dtype=torch.float64).cumsum(-1)  # (b, V)
+    cumulative = (logits / heat).softmax(-1).cumsum(-1, dtype=torch.float64)  # (b, V)
     point = uniform[:, None].double() * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, point, right=True)[:, 0]
-    return torch.where(temperature > 0, token.clamp(max=logits.shape[1] - 1), greedy)
+    token = torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    return torch.where(temperature > 0, token, logits.argmax(-1))
 
 
 @torch.inference_mode()
-def decode(policy, batch, seeds, temperatures, room) -> list[list[int]]:
+def decode(policy, batch, seeds, temperatures, most) -> list[list[int]]:
     """One batch of `generate`: read the prompts, repeat their caches per sample, then step by step.
 
-    Rows that have ended leave the batch, so that no step is spent on them. room: the most tokens
-    per prompt. Returns the token ids of every sample, its EOS included, prompt by prompt.
+    Rows that have ended leave the batch, so that no step is spent on them. Returns at most `most`
+    token ids of every sample, its EOS included, prompt by prompt.
     """
-    device, most = policy.model.device, max(0, *room)
-    draws = [torch.Generator().manual_seed(seed) for row in seeds for seed in row]
-    uniform = torch.stack([torch.rand(most, generator=g) for g in draws]).to(device)  # (n, T)
-    tokens = torch.full_like(uniform, -1, dtype=torch.long)  # (n, T)
+    # What belongs to a row: its prompt, its temperature and a draw for each of its tokens.
+    device = policy.model.device
     owner = torch.tensor([i for i, row in enumerate(seeds) for _ in row], device=device)  # (n,)
     heat = torch.tensor(temperatures, device=device)[owner]  # (n,)
-    limit = torch.tensor(room, device=device)[owner]  # (n,)
-    ends = torch.tensor(policy.eos_ids, device=device)
+    draws = [torch.Generator().manual_seed(seed) for row in seeds for seed in row]
+    uniform = torch.stack([torch.rand(most, generator=g) for g in draws]).to(device)  # (n, T)
 
-    out = policy.model(**batch, use_cache=True, logits_to_keep=1)
-    cache = out.past_key_values
-    mask = take_rows(policy, cache, batch["attention_mask"], owner)  # (n, L)
-    logits = out.logits[:, -1].float()[owner]  # (n, V)
-    rows = torch.arange(len(owner), device=device)  # (b,) the rows that are still in the batch
-    alive = limit > 0  # (b,)
+    # Every prompt is read once.
+    cache, *read = read_prompts(policy, batch)
+    mask, offset, logits = take_rows(cache, owner, batch["attention_mask"], *read)  # (n, L), (n, V)
+
+    # Token by token, until all rows have ended.
+    tokens = torch.full_like(uniform, -1, dtype=torch.long)  # (n, T)
+    rows = torch.arange(len(owner), device=device)  # (b,) those that are still in the batch
+    alive, ends = rows >= 0, torch.tensor(policy.eos_ids, device=device)  # (b,)
     for t in range(most):
         logits[:, policy.banned] = -torch.inf
         token = draw(logits, heat[rows], uniform[rows, t])  # (b,)
         tokens[rows[alive], t] = token[alive]
-        alive = alive & ~torch.isin(token, ends) & (t + 1 < limit[rows])
+        alive = alive & ~torch.isin(token, ends)
         if not alive.any():
             break
         if alive.float().mean() < 0.8:  # copying the cache costs about one step
-            keep = alive.nonzero()[:, 0]
-            mask = take_rows(policy, cache, mask, keep)
-            rows, token, alive = rows[keep], token[keep], alive[keep]
+            left = (mask, offset, rows, token, alive)
+            mask, offset, rows, token, alive = take_rows(cache, alive.nonzero()[:, 0], *left)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)  # (b, L + t)
-        place = cached_positions(policy, mask, 1)
-        out = policy.model(token[:, None], attention_mask=mask, past_key_values=cache, **place)
-        logits = out.logits[:, -1].float()  # (b, V)
+        inputs = inputs_behind(cache, token[:, None], mask, offset)
+        logits = policy.model(**inputs).logits[:, -1].float()  # (b, V)
     return [[token for token in row if token >= 0] for row in tokens.tolist()]
 
 
@@ -1677,26 +1706,28 @@ def score_steps(prm, examples, responses: list[list[list[int]]], args) -> list:
     not read.
     """
     scores = [[[] for _ in row] for row in responses]
-    # Prompts whose responses are of like length together: little is spent on padding.
     asked = [i for i, row in enumerate(responses) if any(row)]
-    asked.sort(key=lambda i: max(map(len, responses[i])))
-    few = replace(args, rows=min(args.rows, 64))  # more rows are padded to the longest of them all
+    few = replace(args, rows=min(args.rows, 256))  # bounds the memory of the prompts' cache
     for part in slices_of([responses[i] for i in asked], 1, few):
         batch = asked[part]
-        places = [(i, k) for i in batch for k, tail in enumerate(responses[i]) if len(tail) > 0]
-        tails = [responses[i][k] for i, k in places]
         prompts = encode_prompts(prm, [examples[i] for i in batch], args)
-        cache = prm.model(**prompts, use_cache=True, logits_to_keep=1).past_key_values
-        owner = torch.tensor([batch.index(i) for i, _ in places], device=prm.model.device)  # (n,)
-        mask = take_rows(prm, cache, prompts["attention_mask"], owner)  # (n, L)
-        ids, seen = pad_right(tails, prm.pad_id)  # (n, W)
-        mask = torch.cat([mask, seen.to(mask)], 1)  # (n, L + W)
-        inputs = {"input_ids": ids.to(mask), "attention_mask": mask, "past_key_values": cache}
-        inputs |= cached_positions(prm, mask, ids.shape[1])
-        ends = [step_ends(tail, prm.tokenizer) for tail in tails]
-        read = iter(step_logits(prm, inputs, ends, 0).sigmoid().tolist())
-        for (i, k), row in zip(places, ends):
-            scores[i][k] = list(itertools.islice(read, len(row)))
+        read, offset, _ = read_prompts(prm, prompts)
+        places = [(i, k) for i in batch for k, tail in enumerate(responses[i]) if tail]
+        # Responses of like length together: little is spent on padding.
+        places.sort(key=lambda place: len(responses[place[0]][place[1]]))
+        for start in range(0, len(places), 32):
+            some = places[start : start + 32]
+            tails = [responses[i][k] for i, k in some]
+            ids, seen = pad_right(tails, prm.pad_id)  # (n, W)
+            owner = torch.tensor([batch.index(i) for i, _ in some], device=prm.model.device)  # (n,)
+            cache = deepcopy(read)
+            given = take_rows(cache, owner, prompts["attention_mask"], offset)  # (n, L), (n, 1)
+            mask = torch.cat([given[0], seen.to(given[0])], 1)  # (n, L + W)
+            inputs = inputs_behind(cache, ids.to(mask), mask, given[1])
+            ends = [step_ends(tail, prm.tokenizer) for tail in tails]
+            found = iter(step_logits(prm, inputs, ends, 0).sigmoid().tolist())
+            for (i, k), row in zip(some, ends):
+                scores[i][k] = list(itertools.islice(found, len(row)))
     return scores
 
 
