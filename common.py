@@ -1482,13 +1482,11 @@ def prove_policy(policy, example, args):
     labels[:, :-width] = -100
     loss = policy.model(**batch, labels=labels, use_cache=False).loss
 
-    out = policy.model(**prompts, use_cache=True, logits_to_keep=1)
-    mask = batch["attention_mask"]
-    inputs = {"input_ids": batch["input_ids"][:, -width:], "attention_mask": mask}
-    inputs |= cached_positions(policy, mask, width)
-    later = policy.model(**inputs, past_key_values=out.past_key_values).logits  # (2, W, V)
-    logits = torch.cat([out.logits[:, -1:], later[:, :-1]], 1).float()  # (2, W, V)
-    cached = logits.log_softmax(-1).gather(2, inputs["input_ids"][..., None])[..., 0]  # (2, W)
+    cache, offset, first = read_prompts(policy, prompts)
+    ids = batch["input_ids"][:, -width:]  # (2, W)
+    later = policy.model(**inputs_behind(cache, ids, batch["attention_mask"], offset)).logits
+    logits = torch.cat([first[:, None], later[:, :-1].float()], 1)  # (2, W, V)
+    cached = logits.log_softmax(-1).gather(2, ids[..., None])[..., 0]  # (2, W)
 
     off = {"padded": together - torch.cat(alone), "cached": cached - together}
     off["loss"] = loss + together.mean()

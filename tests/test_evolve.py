@@ -73,6 +73,8 @@ def contents(folder) -> dict:
             found[name] = [json.loads(line) for line in lines]
             for value in found[name]:
                 value.pop("seconds", None)
+            if path.name == "digests.json":  # some files hold the folder's name
+                found[name] = [list(value) for value in found[name]]
         elif path.is_file() and path.name != ".lock":
             found[name] = path.read_bytes()
     return found

@@ -215,8 +215,7 @@ def test_evaluation_reports_every_policy_with_counts_and_intervals(finished):
     verifier = report["prm"]["verifier"]
     assert list(verifier) == ["1", "2", "3"]
     assert verifier["1"]["best_of_n"] == verifier["1"]["majority"]
-    for name in ("prm", "dynamics"):
-        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert (out / "dynamics.png").read_bytes()[:4] == b"\x89PNG"
     assert "PRM-weighted vote" in (out / "report.md").read_text()
 
 
@@ -243,6 +242,8 @@ def contents(cwd) -> dict:
             values = [json.loads(line) for line in lines]
             for value in values:
                 value.pop("seconds", None)
+            if path.name == "digests.json":  # some files hold the folder's name
+                values = [list(value) for value in values]
             found[name] = values
         elif path.name != ".lock":
             found[name] = path.read_bytes()
