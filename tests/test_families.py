@@ -511,8 +511,9 @@ def test_the_familys_own_setting_shortens_prompts_and_travels_with_the_checkpoin
     ]
     assert answers[0] == answers[1]
     assert answers[0].token_ids
-    with pytest.raises(common.InputError, match="changes nothing"):
-        common.load_policy(tmp_path / "fewer", args)
+    common.load_policy(tmp_path / "fewer", args)  # a later stage is given the same setting
+    with pytest.raises(common.InputError, match="knows no no_such_setting"):
+        common.load_policy(folder, flags(processor='{"no_such_setting": 3}'))
 
 
 def test_the_vision_tower_is_found_and_frozen(family):

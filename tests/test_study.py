@@ -213,7 +213,7 @@ def test_a_finished_evaluation_samples_nothing_and_prints_its_report(variant, mo
     judge_variant()
     first = capsys.readouterr().out
     assert "| greedy accuracy |" in first and "| PRM-weighted vote |" in first
-    monkeypatch.setattr(common.Sampler, "look", None)
+    monkeypatch.setattr(common.Sampler, "start", None)
     judge_variant()
     assert capsys.readouterr().out == first
 
