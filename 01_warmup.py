@@ -221,8 +221,8 @@ def main(args: Args) -> None:
 
     # Improve: SFT on the response tokens
     batches = common.epoch_batches(len(kept), args.batch_size, args.steps, args.seed, "warmup")
-    work, how = out / "training", (*common.sft(by_id, args), args, "01 train")
-    trained = common.train(out / "model", args.model, work, batches, kept, *how)
+    work, how = out / "training", common.sft(by_id, args) | {"args": args, "label": "01 train"}
+    trained = common.train(out / "model", args.model, work, batches, kept, **how)
     common.drop_states(work)
 
     metrics = {"prompts": len(prompts), "samples": total, "right": right / total}

@@ -267,8 +267,8 @@ def improve(folder, start, t, iterations, by_id, args):
     batches = common.epoch_batches(len(rows), args.batch_size, steps - done, args.seed, "evolve", t)
     policy, state = starts_from(t, start, folder.parent, args)
     model, work = folder / "model", folder / "training"
-    how = (*common.sft(by_id, args), args, f"03 improve {t}")
-    progress = common.train(model, policy, work, batches, rows, *how, state=state)
+    how = common.sft(by_id, args) | {"args": args, "label": f"03 improve {t}"}
+    progress = common.train(model, policy, work, batches, rows, **how, state=state)
     return {
         "lr": common.learning_rate(progress["step"] - 1, args.learning_rate, args.warmup_steps),
         "trained": len(set().union(*batches)),

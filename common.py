@@ -205,6 +205,7 @@ def run_stage(args_class, main):
         inherit(args, given, Path(sys.argv[0]).stem)
         check_ranges(args)
         main(args)
+        dist.destroy_process_group()
     except InputError as error:
         if rank() > 0:
             time.sleep(5)  # rank 0 says what all ranks see, and torchrun ends the others meanwhile
@@ -227,7 +228,9 @@ def run_stage(args_class, main):
             f"error: could not write or read a file ({error}); what was written is whole: "
             "mend that and run the same command to continue"
         )
-    dist.destroy_process_group()
+    finally:
+        if dist.is_initialized() and world_size() == 1:  # NCCL warns of it behind the sentence
+            dist.destroy_process_group()
 
 
 # ---- ranks
@@ -1098,7 +1101,11 @@ def fitting(out, folder, args, *files) -> list[list[dict]]:
     write_chunks(path, examples, produce, args, "prompts")
     rows, kept = stream_jsonl(path), []
     for file in files:
-        kept.append([example for example, row in zip(file, rows) if row["fits"]])
+        kept.append([])
+        for example, row in zip(file, rows):
+            example["tokens"] = row["tokens"]
+            if row["fits"]:
+                kept[-1].append(example)
         left_out = f"{len(file) - len(kept[-1])} of {len(file)} prompts have more than "
         left_out += f"--max_prompt_tokens {args.max_prompt_tokens} tokens; {path} lists them"
         if len(kept[-1]) < 0.9 * len(file):
@@ -1831,7 +1838,7 @@ def sft_loss(policy, examples, targets: list[list[int]], args) -> tuple[torch.Te
 
 
 def sft(by_id, args):
-    """(loss_of, count_of) with which `train` learns the responses of {"id", "token_ids"} rows."""
+    """What `train` is given to learn the responses of {"id", "token_ids"} rows."""
 
     def loss_of(policy, rows):
         """The SFT loss of a few rows."""
@@ -1842,7 +1849,11 @@ def sft(by_id, args):
         """The tokens of a response and its closing EOS."""
         return len(row["token_ids"]) + 1
 
-    return loss_of, count_of
+    def length_of(row):
+        """The tokens of its prompt, as `fitting` counted them, and of the response."""
+        return by_id[row["id"]].get("tokens", 0) + len(row["token_ids"])
+
+    return {"loss_of": loss_of, "count_of": count_of, "length_of": length_of}
 
 
 def epoch_batches(n, size, steps, *key) -> list[list[int]]:
@@ -1869,7 +1880,7 @@ def learning_rate(step, peak, warmup) -> float:
     return peak * min(1.0, (step + 1) / max(warmup, 1))
 
 
-def passes_of(batch: list[int], micro_batch, rank, ranks) -> list[list[int]]:
+def passes_of(batch: list, micro_batch, rank, ranks) -> list[list]:
     """A rank's share of a batch, in passes; as many on every rank, so that one may be empty.
 
     >>> [passes_of([5, 6, 7], 1, rank, 2) for rank in (0, 1)]
@@ -1966,6 +1977,19 @@ def load_state(work, model, optimizer) -> dict:
     return progress
 
 
+def backward(policy, rows, loss_of, count, args) -> float:
+    """The mean loss over a batch, whose gradient every rank gets in passes over its share.
+
+    count: of the whole batch. A rank without a row takes a pass that weighs nothing.
+    """
+    loss = 0.0
+    for part in passes_of(rows, args.micro_batch, rank(), world_size()):
+        summed = loss_of(policy, part or rows[:1])[0] * bool(part)
+        (summed * world_size() / count).backward()  # FSDP2 takes the mean over ranks
+        loss += summed.item()
+    return sum_over_ranks(loss) / count
+
+
 def train(
     model_out,
     policy_folder,
@@ -1976,13 +2000,15 @@ def train(
     count_of,
     args,
     label,
+    length_of=None,
     state=None,
     marks=None,
 ) -> dict:
     """Phase: train a policy folder on batches of row numbers; writes model_out, returns progress.
 
     loss_of(policy, rows) -> (summed loss, count) and count_of(row) -> count; the gradient is that
-    of the mean over the true count of the whole batch, however ranks and passes cut it. state: the
+    of the mean over the true count of the whole batch, however ranks and passes cut it. Rows of
+    like length_of(row) share a pass, and every rank gets short and long ones. state: the
     `work` of an earlier phase, whose weights, moments and rate schedule go on here; without it they
     begin anew. marks: the policy becomes a PRM. progress: {"step" of the schedule, "batch" of this
     phase, "tokens", "loss" (summed over batches)}; saved in `work` every args.save_every steps.
@@ -2005,14 +2031,9 @@ def train(
     for batch in tqdm(batches[done:], label, len(batches), initial=done, disable=quiet()):
         rate = learning_rate(progress["step"], args.learning_rate, args.warmup_steps)
         optimizer.param_groups[0]["lr"] = rate
-        count = max(1, sum(count_of(rows[i]) for i in batch))
-        loss = 0.0
-        for places in passes_of(batch, args.micro_batch, rank(), world_size()):
-            part = [rows[i] for i in places or batch[:1]]
-            summed = loss_of(policy, part)[0] * bool(places)  # a rank without a row weighs nothing
-            (summed * world_size() / count).backward()  # FSDP2 takes the mean over ranks
-            loss += summed.item()
-        loss = sum_over_ranks(loss) / count
+        chosen = sorted((rows[i] for i in batch), key=length_of or count_of)  # little padding
+        count = max(1, sum(map(count_of, chosen)))
+        loss = backward(policy, chosen, loss_of, count, args)
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not math.isfinite(loss + norm.item()):

@@ -61,6 +61,9 @@ class RandomPrompts:
     a line, so that responses have steps.
     """
 
+    image_token = "<image>"
+    added_tokens_decoder: dict = {}
+
     def __init__(self, config):
         self.tokenizer, self.config = self, config
 
@@ -116,7 +119,7 @@ class Bench:
             Image.new("RGB", (8, 8)).save(image)
         lengths = [500 + 500 * i // max(count - 1, 1) for i in range(count)]
         same = {"image": str(image), "choices": None, "where": "bench"}
-        return [{"question": str(length), **same} for length in lengths]
+        return [{"id": str(i), "question": str(n), **same} for i, n in enumerate(lengths)]
 
     def responses(self, count: int) -> list[list[int]]:
         """Responses of 300 tokens (as many as --max_new_tokens says)."""
@@ -167,10 +170,13 @@ def operations(model, tokens: int, images: int, heads: int, pairs: float) -> flo
     return 2 * dense + 4 * text.num_hidden_layers * text.hidden_size * pairs
 
 
-def fine_tuning(bench: Bench, optimizer: bool, rows: int, checkpointing: bool) -> dict:
-    """SFT of `rows` responses a step: with an optimizer as stage 03 trains (float32 weights that
+def fine_tuning(
+    bench: Bench, optimizer: bool, frozen: bool, rows: int, checkpointing: bool
+) -> dict:
+    """SFT of `rows` responses, the passes of one optimizer step on one GPU.
 
-    compute in bfloat16), without one only the passes of bfloat16 weights.
+    With an optimizer as stage 03 trains: float32 weights that compute in bfloat16. Without one only
+    the passes, of bfloat16 weights. frozen: the vision tower, as --freeze_vision does.
     """
     policy, args = bench.policy(), bench.args
     examples, targets = bench.examples(rows), bench.responses(rows)
@@ -178,9 +184,12 @@ def fine_tuning(bench: Bench, optimizer: bool, rows: int, checkpointing: bool) -
     pairs = sum(length**2 / 2 for length in lengths)
     heads = rows * (args.max_new_tokens + 2)
     work = 3 * operations(policy.model, sum(lengths), rows, heads, pairs)
+    steps = None
+    if frozen:
+        work -= 2 * operations(policy.model, 0, rows, 0, 0)
+        policy.model.get_encoder(modality="image").requires_grad_(False)
     if checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    steps = None
     if optimizer:
         policy.model = common.shard(policy.model, args)
         steps = common.make_optimizer(policy.model)
@@ -195,9 +204,11 @@ def fine_tuning(bench: Bench, optimizer: bool, rows: int, checkpointing: bool) -
             steps.step()
         policy.model.zero_grad()
 
+    bench.peak_gib()
     seconds = statistics.median(bench.seconds(step, 5))
     return {
         "optimizer": "AdamW, float32 weights" if steps else "none, bfloat16 weights: passes only",
+        "vision tower": "frozen" if frozen else "trained",
         "responses a step": rows,
         "gradient checkpointing": checkpointing,
         "tokens per second": sum(lengths) / seconds,
@@ -207,16 +218,14 @@ def fine_tuning(bench: Bench, optimizer: bool, rows: int, checkpointing: bool) -
     }
 
 
-def first_that_fits(bench: Bench) -> dict:
+def first_that_fits(bench: Bench, optimizer: bool, frozen: bool) -> dict:
     """Fine-tuning at the largest of a few settings for which memory suffices."""
-    ways = [(8, False), (4, False), (2, False), (8, True), (4, True), (2, True)]
-    for optimizer in (True, False):
-        for rows, checkpointing in ways:
-            try:
-                return fine_tuning(bench, optimizer, rows, checkpointing)
-            except torch.OutOfMemoryError:
-                print(f"no memory for {rows} rows, optimizer {optimizer}", file=sys.stderr)
-            common.free_memory()
+    for rows, checkpointing in [(8, False), (4, False), (2, False), (8, True), (2, True)]:
+        try:
+            return fine_tuning(bench, optimizer, frozen, rows, checkpointing)
+        except torch.OutOfMemoryError:
+            print(f"no memory for {rows} rows, optimizer {optimizer}", file=sys.stderr)
+        common.free_memory()
     return {"skipped": "no setting fits into memory"}
 
 
@@ -315,9 +324,12 @@ def run_gpu(shapes: list[str], device: str, show) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for shape in shapes:
             bench = Bench(shape, args, Path(folder))
-            found[shape] = {"fine-tuning": first_that_fits(bench)}
-            show(f"{shape} fine-tuning", found[shape]["fine-tuning"])
-            common.free_memory()
+            found[shape] = {}
+            for optimizer, frozen in ((True, False), (False, False), (False, True)):
+                name = f"fine-tuning {len(found[shape]) + 1}"
+                found[shape][name] = first_that_fits(bench, optimizer, frozen)
+                show(f"{shape} {name}", found[shape][name])
+                common.free_memory()
             policy = bench.policy()
             found[shape]["weights"] = sum(p.numel() for p in policy.model.parameters())
             for measure in (scoring, decoding, equality):

@@ -7,6 +7,7 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
+import bench_gpu
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1210,3 +1211,40 @@ def test_settings_of_the_processor_change_prompts_and_travel_with_the_checkpoint
     assert ids_of(common.generate(split, examples[:1], [[1]], 1.0, args)) == (
         ids_of(common.generate(again, examples[:1], [[1]], 1.0, args))
     )
+
+
+def test_the_gpu_figures_come_whole_at_the_smallest_shapes_on_a_cpu(args):
+    shown = {}
+    found = bench_gpu.run_gpu(["tiny"], "cpu", shown.__setitem__)["tiny"]
+    rates = [found[name]["tokens per second"] for name in found if "fine-tuning" in name]
+    rates += [found[name]["tokens per second"] for name in ("scoring", "decoding")]
+    assert len(rates) == 5
+    assert min(rates) > 0
+    assert found["equality"]["equal within rounding"]
+    assert len(shown) == 6
+
+
+def test_rows_of_like_length_share_a_pass(policy, examples, args, tmp_path, tiny):
+    common.join_ranks("cpu")
+    args.micro_batch = 2
+    rows = [{"id": n, "token_ids": [5] * n} for n in (9, 1, 8, 2)]
+    seen = []
+
+    def loss_of(policy, part):
+        """The SFT loss, after noting whose it is."""
+        seen.append([row["id"] for row in part])
+        return common.sft_loss(policy, examples[:2], [row["token_ids"] for row in part], args)
+
+    work = tmp_path / "work"
+    common.train(
+        tmp_path / "out",
+        tiny,
+        work,
+        [[0, 1, 2, 3]],
+        rows,
+        loss_of,
+        lambda row: row["id"],
+        args,
+        "t",
+    )
+    assert seen == [[1, 2], [8, 9]]
