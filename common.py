@@ -204,6 +204,7 @@ def run_stage(args_class, main):
             sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all; errors go to stderr
         inherit(args, given, Path(sys.argv[0]).stem)
         check_ranges(args)
+        gc.freeze()  # what was imported stays; looking through it takes longer than loading a model
         main(args)
         dist.destroy_process_group()
     except InputError as error:

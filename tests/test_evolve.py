@@ -153,7 +153,7 @@ def test_training_methods_differ_in_start_weights_moments_and_schedule_and_nowhe
         made.append((model, make_optimizer(model)))
         return made[-1][1]
 
-    def watched(model_out, folder, work, batches, rows, loss_of, *rest, state=None):
+    def watched(model_out, folder, work, batches, rows, loss_of, args, state=None, **rest):
         found = []
 
         def watching(policy, part):
@@ -163,10 +163,10 @@ def test_training_methods_differ_in_start_weights_moments_and_schedule_and_nowhe
             return loss_of(policy, part)
 
         drawn = [[(rows[i]["id"], rows[i]["token_ids"]) for i in batch] for batch in batches]
-        given = (model_out, folder, work, batches, rows, watching, *rest)
-        progress = train(*given, state=state)
+        given = (model_out, folder, work, batches, rows, watching)
+        progress = train(*given, args=args, state=state, **rest)
         after = [weights_of(made[-1][0]), moments_of(*made[-1])]
-        seen.setdefault(rest[1].method, []).append(Phase(folder, state, drawn, *found, *after))
+        seen.setdefault(args.method, []).append(Phase(folder, state, drawn, *found, *after))
         return progress
 
     monkeypatch.setattr(common, "make_optimizer", making)
