@@ -493,7 +493,7 @@ def open_run(args, stage, inputs) -> Path:
 
 def fingerprint(stage, name, path):
     """The digest of an input, or a model's name on the hub; raises InputError if it is missing."""
-    if Path(path).exists():
+    if Path(path).is_file() or Path(path).is_dir():  # a pipe would be waited for
         return digest(path)
     if name == "model" and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         return str(path)
@@ -564,7 +564,7 @@ def load_examples(path, hidden=False) -> list[dict]:
         if not image.startswith(folder) or os.path.isabs(row["image"]):
             raise InputError(f"{row['where']}: image {row['image']!r} leaves the data folder")
         if not os.path.isfile(image):
-            raise InputError(f"{row['where']}: image {image} does not exist, or is no file")
+            raise InputError(f"{row['where']}: image {image!r} does not exist, or is no file")
         row["image"] = image
         rows.append(row)
     if not rows:
@@ -588,8 +588,8 @@ def problem_of(row, hidden) -> str | None:
             return 'field "choices" must be a list of 2 to 10 texts that are not empty, or null'
     if row.get("answer_type") not in (None, *ANSWER_TYPES):
         return f'"answer_type" must be one of {", ".join(ANSWER_TYPES)} or null'
-    if decimals is not None and (type(decimals) is not int or decimals < 0):
-        return '"precision" must be a count of decimals or null'
+    if decimals is not None and (type(decimals) is not int or not 0 <= decimals <= 15):
+        return '"precision" must be a count of decimals, at most 15, or null'
     if not hidden and canonical(row["answer"], row) is None:
         return f"the answer {row['answer']!r} is none of the choices, or not of its type"
     return None

@@ -1,0 +1,331 @@
+"""Bad inputs of every kind: each ends in one sentence, in no traceback, hang or wrong result."""
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import typing
+import zlib
+from contextlib import contextmanager
+from dataclasses import fields
+
+import pytest
+from conftest import stage
+from PIL import Image
+
+import common
+
+STAGES = [stage(name) for name in ("01_warmup", "02_train_prm", "03_self_evolve", "04_eval")]
+warmup, train_prm, evolve, evaluate = STAGES
+rng = random.Random(0)
+
+
+# ---- the judge
+
+
+class Hang(BaseException):
+    """Ten seconds have passed; nothing but this file catches it."""
+
+
+@contextmanager
+def ten_seconds():
+    """Raises Hang in what takes longer."""
+
+    def late(*given):
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(10)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def refuses(call, *given, says="") -> None:
+    """Fails unless a call ends in one sentence of ours with these words, or in argparse's code 2.
+
+    Whatever else it raises goes on to pytest, and so does a hang.
+    """
+    try:
+        with ten_seconds():
+            result = call(*given)
+    except common.InputError as error:
+        sentence = str(error)
+        assert sentence.isprintable() and says in sentence, sentence
+    except SystemExit as end:
+        assert end.code == 2
+    else:
+        pytest.fail(f"accepted: {str(result)[:200]}")
+
+
+# ---- data
+
+FIELDS = ("id", "image", "question", "answer", "source")
+GOOD = {"image": "a.png", "question": "3 + 4 ?", "answer": "7", "source": "toy"}
+NO_TEXT = [None, 7, 1.5, True, float("nan"), 10**4000, [], ["a"], {}, {"a": 1}, "", " \n", "\ud800"]
+NO_FIELD = {
+    "choices": [7, "ab", {}, [], ["7"], ["7", 8], ["7", " "], ["7", "\udfff"], ["7", "8"] * 6],
+    "answer_type": ["number", "", 7, [], {}, True],
+    "precision": [-1, 1.5, "2", True, float("nan"), [], {}, 10**9, 10**30],
+    "image": ["../a.png", "/etc/passwd", "b.png", ".", "a.png\0", "b\n.png", "x" * 5000, "a.png/b"],
+    "id": ["0"],
+}
+
+
+def line_of(number: int, **changed) -> bytes:
+    """A record as a line of JSONL, some of its fields changed; Ellipsis leaves one out."""
+    row = {"id": str(number), **GOOD, **changed}
+    return json.dumps({name: x for name, x in row.items() if x is not ...}).encode() + b"\n"
+
+
+def bad_data() -> dict[str, bytes]:
+    """Data files whose second record cannot be used, by what is wrong with it."""
+    lines = {}
+    for name in FIELDS:
+        for value in (..., *rng.sample(NO_TEXT, 7)):
+            lines[f"{name} {str(value)[:20]!r}"] = line_of(1, **{name: value})
+    for name, values in NO_FIELD.items():
+        for number, value in enumerate(values):
+            kind = {"answer_type": "float"} if name == "precision" else {}
+            lines[f"{name} {number}"] = line_of(1, **kind | {name: value})
+    good = line_of(1)
+    for place in rng.sample(range(1, len(good) - 1), 10):  # a part of an object is none
+        lines[f"cut at {place}"] = good[:place] + b"\n"
+    lines |= {
+        "torn at the end": good[:-2],
+        "two in a line": good[:-1] + good,
+        "an empty line": b"\n" + good,
+        "a list": b"[" + good[:-1] + b"]\n",
+        "a number": b"7\n",
+        "null": b"null\n",
+        "NaN": b"NaN\n",
+        "deep": b"[" * 10**5 + b"\n",
+        "deep field": line_of(1)[:-2] + b', "x": ' + b'{"a":' * 10**5 + b"\n",
+        "many digits": line_of(1)[:-2] + b', "x": ' + b"9" * 10**4 + b"}\n",
+        "a bare NUL": good.replace(b"3 + 4", b"3 \0 4"),
+        "Latin-1": good.replace(b"3 + 4", b"3 \xe9 4"),
+        "half a character": good.replace(b"3 + 4", b"\xc3"),
+        "a byte order mark": b"\xef\xbb\xbf" + good,
+        "UTF-16": good.decode().encode("utf-16"),
+        "quotes of Python": good.replace(b'"', b"'"),
+        "gzip": b"\x1f\x8b\x08\x00" + rng.randbytes(99) + b"\n",
+    }
+    return lines
+
+
+DATA = bad_data()
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder with an image; a test writes its data file there."""
+    folder = tmp_path_factory.mktemp("desk")
+    Image.new("RGB", (24, 24), "red").save(folder / "a.png")
+    return folder
+
+
+def load(desk, lines: bytes, hidden=False) -> list[dict]:
+    """The examples of a data file with these lines."""
+    (desk / "d.jsonl").write_bytes(lines)
+    return common.load_examples(desk / "d.jsonl", hidden)
+
+
+@pytest.mark.parametrize("what", DATA)
+def test_a_bad_record_is_refused_with_its_line(desk, what):
+    assert len(load(desk, line_of(0) + line_of(1))) == 2
+    refuses(load, desk, line_of(0) + DATA[what], says=f"{desk}/d.jsonl line 2: ")
+
+
+@pytest.mark.parametrize("name", FIELDS[:3])
+def test_a_bad_record_without_an_answer_is_refused_too(desk, name):
+    assert len(load(desk, line_of(0, answer=7), hidden=True)) == 1
+    for value in NO_TEXT:
+        refuses(load, desk, line_of(0, **{name: value}), True, says="d.jsonl line 1: ")
+
+
+# ---- images
+
+
+def bytes_of(image, kind: str, **how) -> bytes:
+    """An image as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **how)
+    return buffer.getvalue()
+
+
+def header(width: int, height: int) -> bytes:
+    """A PNG file that ends after its header."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def bad_images() -> dict[str, bytes]:
+    """Image files that cannot be read, by what is wrong with them."""
+    noise = Image.frombytes("RGB", (64, 64), rng.randbytes(64 * 64 * 3))
+    found = {}
+    for kind in common.FORMATS:
+        whole = bytes_of(noise, kind)
+        for share in (0.0, 0.01, rng.uniform(0.1, 0.5), rng.uniform(0.5, 0.8)):
+            found[f"{kind} cut at {share:.2f}"] = whole[: int(share * len(whole))]
+        found[f"{kind} without its first byte"] = whole[1:]
+    whole = bytes_of(noise, "PNG")
+    for place in rng.sample(range(33), 8):  # the signature and the header, which has a checksum
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.randrange(8)
+        found[f"PNG flipped at {place}"] = bytes(flipped)
+    for kind in ("EPS", "PPM", "ICO", "TGA", "PCX", "SGI", "PDF"):
+        found[kind] = bytes_of(noise, kind)
+    text = b"zTXta\0\0" + zlib.compress(bytes(10**8))
+    text = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    found |= {
+        "a bomb": header(60000, 60000) + whole[33:],
+        "a text bomb": whole[:33] + text + whole[33:],
+        "no width": header(0, 64) + whole[33:],
+        "floats": bytes_of(noise.convert("F"), "TIFF"),
+        "HTML": b"<html>not found</html>",
+        "SVG": b"<svg xmlns='http://www.w3.org/2000/svg' width='8' height='8'/>",
+        "zip": b"PK\3\4" + rng.randbytes(99),
+        "noise": rng.randbytes(999),
+    }
+    return found
+
+
+IMAGES = bad_images()
+
+
+@pytest.mark.parametrize("what", IMAGES)
+def test_an_image_that_cannot_be_read_is_refused_with_its_line(tmp_path, what):
+    (tmp_path / "a.png").write_bytes(IMAGES[what])
+    example = {"image": tmp_path / "a.png", "where": "d.jsonl line 1"}
+    refuses(common.read_image, example, says=f"d.jsonl line 1: image {tmp_path}/a.png")
+
+
+def good_images() -> dict[str, tuple]:
+    """Unusual image files that are whole: (file, the colour of their first frame)."""
+    red, blue = (Image.new("RGB", (24, 24), colour) for colour in ("red", "blue"))
+    frames = {"save_all": True, "append_images": [blue]}
+    found = {f"{kind} of 2": bytes_of(red, kind, **frames) for kind in ("PNG", "GIF", "TIFF")}
+    found |= {f"{mode} in TIFF": bytes_of(red.convert(mode), "TIFF") for mode in ("CMYK", "P")}
+    found |= {
+        "palette": bytes_of(red.quantize(2), "PNG"),
+        "1 x 1": bytes_of(red.resize((1, 1)), "PNG"),
+    }
+    found["CMYK in JPEG"] = bytes_of(red.convert("CMYK"), "JPEG", quality=100)
+    found = {what: (content, (255, 0, 0)) for what, content in found.items()}
+    white = {"1 bit": "1", "grey with alpha": "LA", "grey of 16 bits": "I;16"}
+    for what, mode in white.items():
+        image = Image.new(
+            mode, (24, 24), (255, 255) if mode == "LA" else 65535 if "I" in mode else 1
+        )
+        found[what] = bytes_of(image, "PNG"), (255, 255, 255)
+    return found
+
+
+WHOLE = good_images()
+
+
+@pytest.mark.parametrize("what", WHOLE)
+def test_an_unusual_image_is_its_first_frame_in_rgb(tmp_path, what):
+    content, colour = WHOLE[what]
+    (tmp_path / "a.png").write_bytes(content)
+    image = common.read_image({"image": tmp_path / "a.png", "where": "d.jsonl line 1"})
+    pixel = image.getpixel((image.width // 2, 0))
+    assert image.mode == "RGB" and max(abs(a - b) for a, b in zip(pixel, colour)) <= 3
+
+
+PLACES = {  # what may stand where an image or a data file is expected
+    "a FIFO": os.mkfifo,
+    "a folder": os.mkdir,
+    "a link to itself": lambda path: os.symlink(path, path),
+    "a link to nothing": lambda path: os.symlink("nothing", path),
+    "a link to a device": lambda path: os.symlink("/dev/zero", path),
+}
+
+
+@pytest.mark.parametrize("what", PLACES)
+def test_what_is_no_file_is_not_opened(desk, tmp_path, args, what):
+    PLACES[what](tmp_path / "a.png")
+    shutil.copy(desk / "a.png", tmp_path / "b.png")
+    refuses(load, tmp_path, line_of(0), says="d.jsonl line 1: image")
+    (tmp_path / "a.png").rename(tmp_path / "e.jsonl")
+    refuses(common.load_examples, tmp_path / "e.jsonl", says="e.jsonl")
+    args.runs = tmp_path / "runs"
+    if what != "a folder":  # which may be a model
+        refuses(common.open_run, args, "01_warmup", {"data": tmp_path / "e.jsonl"}, says="e.jsonl")
+
+
+# ---- flags
+
+OTHER = {
+    int: ["1.5", "nan", "inf", "x", "", "1e3", "0x10", "9" * 30, "1 2", "-9"],
+    float: ["nan", "inf", "-inf", "1e400", "x", "", "9" * 30, "1,5", "1 2", "-9"],
+    bool: ["maybe", "2", "nan", "yes no"],
+    list[float]: ["", "nan", "0.5 inf", "x", "0.5 -1", "0.5,1.0"],
+}
+TEXTS = {  # flags that are texts of a form
+    "processor": ["", "{", "[1]", "[[1, 2, 3]]", "3", "null", "NaN", "[" * 10**5, '"{}"'],
+    "chat_template_kwargs": ["", "{", "[1]", "3", "null", '{"a"}', "{'a': 1}"],
+}
+
+
+def bad_flags() -> list[tuple]:
+    """(stage, words) of command lines of which one flag cannot be meant; each flag has some."""
+    seen, found = set(), []
+    for module in STAGES:
+        for item in fields(module.Args):
+            if item.name in seen:
+                continue
+            seen.add(item.name)
+            texts = OTHER.get(item.type, TEXTS.get(item.name, []))
+            if typing.get_origin(item.type) is typing.Literal:
+                texts = ["neither", "", str(item.default).upper() + "x"]
+            for text in rng.sample(texts, min(3, len(texts))):
+                words = text.split(" ") if text else [""]
+                found.append((module, [f"--{item.name}", *words]))
+        found.append((module, [f"--{item.name[:-1]}", "1"]))  # an abbreviation
+        found.append((module, [f"--{item.name}"]))  # without a value
+        found.append((module, ["stray"]))
+    return found
+
+
+FLAGS = bad_flags()
+
+
+def read_flags(module, words: list[str]):
+    """A command line, as far as it is judged before any file is read."""
+    args, _ = common.parse_flags(module.Args, words)
+    common.check_ranges(args)
+    return args
+
+
+@pytest.mark.parametrize("module, words", FLAGS)
+def test_a_flag_that_cannot_be_meant_is_refused_by_name(module, words, capsys):
+    refuses(read_flags, module, words)
+
+
+CONTRADICTIONS = [
+    *("--interval 0.3", "--interval 2", "--interval 1e-9", "--passes 0.1", "--passes 1e7"),
+    *("--search_grid 1 1", "--mixin 1", "--mixin 0.33 --unlabeled vote", "--mixin 0.5"),
+    *("--method sft --gold_response {}{}", "--method sft --gold_response x --steps 1"),
+    *("--temperature nan", "--temperature inf", "--temperature -1", "--temperature 1e400"),
+    *("--temperature hot", "--temperature 0", "--temperature Adaptive", "--prm_refresh 99"),
+    *("--search_every 99", "--vote_weights equal", "--objective pass_at_k --temperature 1"),
+]
+
+
+@pytest.mark.parametrize("line", CONTRADICTIONS)
+def test_flags_of_evolving_that_contradict_each_other_are_refused(line):
+    refuses(lambda: evolve.check_flags(read_flags(evolve, line.split())), says="--")
+
+
+@pytest.mark.parametrize(
+    "device", ["gpu", "cuda:", "cuda:99", "CPU", "cpu:1", "", "cuda:-1", "mps"]
+)
+def test_a_device_that_there_is_not_is_refused(monkeypatch, device):
+    monkeypatch.setattr(common.dist, "is_initialized", lambda: False)
+    refuses(common.join_ranks, device, says="--device")
