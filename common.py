@@ -45,6 +45,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassError  # of a config.json
 from jinja2 import TemplateError  # comes with transformers, for chat templates
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
@@ -823,10 +824,31 @@ def with_text(text: str, options: dict[str, str]) -> set[str]:
 # ---- models and prompts
 
 
-LOADING_ERRORS = (  # what transformers and jinja raise for a folder that is not whole
-    *(OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError),
-    *(SafetensorError, TemplateError),
+LOADING_ERRORS = (  # for a folder that is not whole, or a prompt that its chat template refuses
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError),
+    *(ArithmeticError, SafetensorError, TemplateError, StrictDataclassError),
 )
+
+
+@contextmanager
+def loading(path):
+    """InputError in place of what is raised for a folder that is no whole checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, LOADING_ERRORS) and type(error) is not Exception:
+            raise  # tokenizers' errors are the ones of no kind
+        why = first_line(error)
+        if "trust_remote_code" in str(error):
+            why += "; if you trust it, pass --trust_remote_code"
+        raise InputError(
+            f"{path} cannot be loaded as a vision-language checkpoint: {why}"
+        ) from None
+
+
+def first_line(error) -> str:
+    """What an error says, as one line."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 @dataclass
@@ -867,7 +889,7 @@ def load_policy(path, args, training=False) -> Policy:
     """
     code = {"trust_remote_code": args.trust_remote_code}
     free_memory()  # of a training phase: FSDP2's modules hold each other until they are collected
-    try:
+    with loading(path):
         config = AutoConfig.from_pretrained(path, **code)
         known = type(config) in AutoModelForImageTextToText._model_mapping
         if not known and not hasattr(config, "auto_map"):
@@ -875,6 +897,9 @@ def load_policy(path, args, training=False) -> Policy:
         if config.is_encoder_decoder:
             raise ValueError("it is an encoder-decoder, whose responses do not follow its prompts")
         processor = load_processor(path, config, args)
+        ends = Path(path) / "generation_config.json"  # transformers passes over a broken one
+        if ends.exists():
+            read_json(ends)
         model, found = AutoModelForImageTextToText.from_pretrained(
             path,
             config=config,
@@ -891,13 +916,6 @@ def load_policy(path, args, training=False) -> Policy:
         for name, weight in model.named_parameters():
             if not weight.isfinite().all():
                 raise ValueError(f"its weight {name} holds NaN or infinity")
-    except LOADING_ERRORS as error:
-        why = str(error).strip().splitlines()[0]
-        if "trust_remote_code" in str(error):
-            why += "; if you trust it, pass --trust_remote_code"
-        raise InputError(
-            f"{path} cannot be loaded as a vision-language checkpoint: {why}"
-        ) from None
     if args.freeze_vision:
         tower = model.get_encoder(modality="image")
         if tower in (model, model.base_model):
@@ -909,10 +927,9 @@ def load_policy(path, args, training=False) -> Policy:
         model.disable_input_require_grads()
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     banned = sorted({getattr(config, name, None) for name in names} - {None})
-    pad = processor.tokenizer.pad_token_id
     if not training:
         model = model.to(args.device).eval()
-    return Policy(model, processor, eos, eos[0] if pad is None else pad, banned)
+    return Policy(model, processor, eos, processor.tokenizer.pad_token_id, banned)
 
 
 def load_processor(path, config, args):
@@ -926,6 +943,9 @@ def load_processor(path, config, args):
     processor = load(**settings)
     if not hasattr(processor, "tokenizer") or not processor.chat_template:
         raise ValueError("it has no processor of images and text, or no chat template")
+    if processor.tokenizer.pad_token is None:
+        raise ValueError("its tokenizer has no padding token")
+    closing_first(processor, None)  # shows whether template and tokenizer work
     known = json.dumps(load().to_dict())  # parts within parts
     unknown = [name for name in settings if f'"{name}": ' not in known]
     if unknown and processor.to_dict() == load().to_dict():
@@ -1067,8 +1087,9 @@ class PromptLengths(torch.utils.data.Dataset):
             batch = ask(processor, [examples[place]], args, tokenize=True, return_dict=True)
         except InputError as error:
             return str(error)
-        except (ValueError, TemplateError) as error:  # such as an image 200 times wider than high
-            return f"{examples[place]['where']}: the processor refuses this prompt ({error})"
+        except LOADING_ERRORS as error:  # such as an image 200 times wider than high
+            why = first_line(error)
+            return f"{examples[place]['where']}: the processor refuses this prompt ({why})"
         return len(batch["input_ids"][0])
 
 
@@ -1081,7 +1102,8 @@ def fitting(out, folder, args, *files) -> list[list[dict]]:
     """
     path, examples = out / "prompts" / "lengths.jsonl", list(itertools.chain(*files))
     code = {"trust_remote_code": args.trust_remote_code}
-    processor = load_processor(folder, AutoConfig.from_pretrained(folder, **code), args)
+    with loading(folder):
+        processor = load_processor(folder, AutoConfig.from_pretrained(folder, **code), args)
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def produce(chunk):
@@ -1560,7 +1582,7 @@ def start_engine(folder, args):
     try:
         return vllm.LLM(str(folder), **settings, **code)
     except (ValueError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise InputError(
             f"vLLM did not start ({why}); its own words stand above. If it lacks memory, change "
             "--engine_memory; --engine transformers does without it"
@@ -1599,7 +1621,7 @@ def ask_engine(engine, policy, examples, seeds, temperatures, args, prefixes) ->
     try:
         return engine.generate(prompts, settings, use_tqdm=False)
     except ValueError as error:
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise InputError(f"vLLM refuses a prompt ({why}); use --engine transformers") from None
 
 

@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 import pytest
+import torch
 from conftest import stage
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import common
 
@@ -329,3 +331,130 @@ def test_flags_of_evolving_that_contradict_each_other_are_refused(line):
 def test_a_device_that_there_is_not_is_refused(monkeypatch, device):
     monkeypatch.setattr(common.dist, "is_initialized", lambda: False)
     refuses(common.join_ranks, device, says="--device")
+
+
+# ---- model folders
+
+
+def text_of(path, change) -> None:
+    """Put what `change` makes of a file's bytes in its place."""
+    path.write_bytes(change(path.read_bytes()))
+
+
+def set_in(*names, to):
+    """A change of the field of a JSON file that the names lead to."""
+
+    def change(content: bytes) -> bytes:
+        whole = json.loads(content)
+        part = whole
+        for name in names[:-1]:
+            part = part[name]
+        part[names[-1]] = to
+        return json.dumps(whole).encode()
+
+    return change
+
+
+def tensors_of(change):
+    """A change of the tensors of a safetensors file; `change` sees them by name."""
+
+    def rewrite(path):
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, {"format": "pt"})
+
+    return rewrite
+
+
+LAYER = "model.text_model.layers.1.self_attn.q_proj.weight"
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json")
+MODEL_FILES = (*MODEL_FILES, "model.safetensors", "generation_config.json")
+
+
+def bad_models() -> dict[str, typing.Callable]:
+    """What makes a checkpoint folder one that cannot be used, by name."""
+    found = {}
+
+    def change(file, what, new):
+        found[f"{file} {what}"] = lambda folder: text_of(folder / file, new)
+
+    for file in MODEL_FILES:
+        share = rng.uniform(0.2, 0.9)
+        change(file, f"cut at {share:.2f}", lambda old, share=share: old[: int(share * len(old))])
+        change(file, "emptied", lambda old: b"")
+        change(file, "noise", lambda old: old.translate(bytes(reversed(range(256)))))
+        change(file, "a list", lambda old: b"[1, 2]")
+        change(file, "deep", lambda old: b"[" * 10**5)
+    for file in MODEL_FILES[:2] + ("model.safetensors", "chat_template.jinja"):
+        found[f"{file} deleted"] = lambda folder, file=file: (folder / file).unlink()
+    for name, to in (
+        *((("model_type",), to) for to in ("llama", "t5", "nothing", 7, None)),
+        *((("text_config",), to) for to in (5, "x")),
+        *((("text_config", "hidden_size"), to) for to in (-1, 0, 65, "x", 10**30)),
+        *((("text_config", "num_attention_heads"), to) for to in (0, "x", 3)),
+        *((("text_config", "vocab_size"), to) for to in (1, -1, None)),
+        *((("vision_config", "patch_size"), to) for to in (0, 7)),
+        (("text_config", "num_hidden_layers"), 3),
+        (("scale_factor",), 0),
+    ):
+        what = f"{'.'.join(name)} {to}"
+        change("config.json", what, set_in(*name, to=to))
+    for name, to in ((("model",), 5), (("model", "type"), "x")):
+        change("tokenizer.json", ".".join(name), set_in(*name, to=to))
+    for text in (
+        "",
+        "{% for %}",
+        "{{ nothing.at.all }}",
+        "{{ 1 / 0 }}",
+        "{{ raise_exception('no') }}",
+    ):
+        change("chat_template.jinja", text, lambda old, text=text: text.encode())
+    for what, spoil in {
+        "a tensor missing": lambda tensors: tensors.pop(LAYER),
+        "another shape": lambda tensors: tensors.update({LAYER: torch.zeros(3, 3)}),
+        "a vector": lambda tensors: tensors.update({LAYER: torch.zeros(3)}),
+        "NaN": lambda tensors: tensors[LAYER][0, 0].fill_(float("nan")),
+        "infinity": lambda tensors: tensors[LAYER][0, 0].fill_(float("inf")),
+        "none": lambda tensors: tensors.clear(),
+    }.items():
+        spoiled = tensors_of(spoil)
+        found[what] = lambda folder, spoiled=spoiled: spoiled(folder / "model.safetensors")
+    for one, other in zip(MODEL_FILES, MODEL_FILES[1:]):
+        found[f"{one} is {other}"] = lambda folder, one=one, other=other: shutil.copy(
+            folder / other, folder / one
+        )
+    return found
+
+
+MODELS = bad_models()
+
+
+def read_model(folder, desk, out, args):
+    """A checkpoint folder, read as the stages do: first the processor, then the weights."""
+    args.max_prompt_tokens = 2048
+    common.fitting(out, folder, args, load(desk, line_of(0)))
+    policy = common.load_policy(folder, args)
+    common.prove_policy(policy, load(desk, line_of(0))[0], args)
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_a_checkpoint_that_is_not_whole_is_refused(tiny, desk, tmp_path, args, monkeypatch, what):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    MODELS[what](folder)
+    monkeypatch.setattr(common, "PROVED", set())
+    refuses(read_model, folder, desk, tmp_path / "out", args)
+
+
+NO_FOLDER = {
+    "nothing": lambda path: None,
+    "empty": lambda path: path.mkdir(),
+    "a file": lambda path: path.write_text("{}"),
+    "a link to itself": lambda path: path.symlink_to(path),
+}
+
+
+@pytest.mark.parametrize("what", NO_FOLDER)
+def test_what_is_no_model_folder_is_refused(desk, tmp_path, args, what):
+    NO_FOLDER[what](tmp_path / "model")
+    refuses(read_model, tmp_path / "model", desk, tmp_path / "out", args, says="/model")
+    refuses(common.load_prm, tmp_path / "model", args, says="/model")
