@@ -181,7 +181,7 @@ def inherit(args, given, stage):
     runs = [path for path in runs if path.parent.name < stage]
     if getattr(args, "policy", ""):
         runs.insert(0, Path(args.policy).parent / "run.json")
-    earlier = [(path, read_json(path).get("flags", {})) for path in runs if path.exists()]
+    earlier = [(path, read_json(unchanged(path))["flags"]) for path in runs if path.exists()]
     for name in INHERITED:
         path, flags = next((pair for pair in earlier if name in pair[1]), (None, {}))
         then, now = flags.get(name), getattr(args, name, None)
@@ -307,20 +307,22 @@ def once(path, write):
 
 
 def is_made(path) -> bool:
-    """Whether the output of a phase is there, as all ranks see it.
-
-    Raises InputError if it is not as it was made: changed, cut short, deleted.
-    """
-    if rank() == 0:
-        path = Path(path)
-        made = seals(path.parent).get(path.name)
-        if made and not path.exists() and not path.suffix:  # a model; a file is made anew
-            raise InputError(f"{path} was made and is gone; put it back or start in another --runs")
-        if made and path.exists() and digest(path) != made:
-            raise InputError(f"{path} was changed since it was made; start in another --runs")
-        if path.exists() and not made:  # killed between the two
-            seal(path)
+    """Whether the output of a phase is there, `unchanged`, as all ranks see it."""
+    path = Path(path)
+    if rank() == 0 and unchanged(path).exists() and path.name not in seals(path.parent):
+        seal(path)  # killed between the two
     return is_there(path)
+
+
+def unchanged(path) -> Path:
+    """An output; raises InputError if it is not as it was made: changed, cut short, deleted."""
+    path = Path(path)
+    made = seals(path.parent).get(path.name)
+    if made and not path.exists() and not path.suffix:  # a model; a file is made anew
+        raise InputError(f"{path} was made and is gone; put it back or start in another --runs")
+    if made and path.exists() and digest(path) != made:
+        raise InputError(f"{path} was changed since it was made; start in another --runs")
+    return path
 
 
 def seals(folder) -> dict:
@@ -364,7 +366,7 @@ def read_json(path) -> dict:
     """The object in a JSON file; raises InputError if it holds none."""
     try:
         return dict(json.loads(Path(path).read_text("utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError, FileNotFoundError) as error:
         raise InputError(f"{path} is not a whole JSON object ({error}); put it back") from None
 
 
@@ -434,8 +436,11 @@ def write_chunks(path, items, produce, args, label):
         starts = range(0, len(items), args.chunk)
         for start in tqdm(starts[rank() :: world_size()], label, disable=quiet()):
             name = parts / f"{start:09d}-{args.chunk}.jsonl"
-            if not name.exists():
+            made = name.with_suffix(".digest")  # a chunk that was changed is made again
+            both = name.exists() and made.exists()
+            if not both or made.read_bytes() != digest(name).encode():
                 write_jsonl(name, produce(items[start : start + args.chunk]))
+                write_atomic(made, [digest(name)])
         wait_for_ranks()
         names = sorted(parts.glob(f"*-{args.chunk}.jsonl"))
         once(path, lambda part: write_atomic(part, (name.read_text("utf-8") for name in names)))
@@ -456,7 +461,8 @@ def digest(path) -> str:
 
 # ---- the run folder of a stage
 
-FREE = {".lock", "run.json", "run.json.part", "prompts"}  # what a refused start may leave
+# What a refused start may leave.
+FREE = {".lock", "prompts", *("run.json", "run.json.part", "digests.json", "digests.json.part")}
 LOCKS = []  # open lock files; the kernel frees a lock when its process ends, however it ends
 
 
@@ -488,6 +494,7 @@ def open_run(args, stage, inputs) -> Path:
         else:
             shutil.rmtree(out / "prompts", ignore_errors=True)
         write_json(out / "run.json", now)
+        seal(out / "run.json")
     wait_for_ranks()
     return out
 
@@ -520,9 +527,9 @@ def refuse_other_settings(out, now):
     """Raises InputError with what differs if a folder was made with other flags or inputs."""
     if not (out / "run.json").exists():
         raise InputError(f"{out} holds files but no run.json; choose another --runs")
-    then, changed = read_json(out / "run.json"), []
+    then, changed = read_json(unchanged(out / "run.json")), []
     for kind in ("flags", "inputs"):
-        old = then.get(kind, {})
+        old = then[kind]
         for name in old | now[kind]:
             was, wanted = old.get(name), now[kind].get(name)
             if was != wanted:
@@ -1820,10 +1827,27 @@ def load_checker(spec):
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         raise InputError(f"--chain_checker {spec}: {path!r} is not a file; give FILE:FUNCTION")
-    names = runpy.run_path(path)
-    if name not in names:
-        raise InputError(f"--chain_checker {spec}: {path} defines no {name}")
-    return names[name]
+
+    @contextmanager
+    def named():
+        """A sentence in place of what the user's code raises."""
+        try:
+            yield
+        except (*LOADING_ERRORS, SyntaxError, NameError, AssertionError) as error:
+            raise InputError(f"--chain_checker {spec} fails: {error!r}") from None
+
+    with named():
+        judge = runpy.run_path(path)[name]
+
+    def checked(response, example):
+        """The user's verdict on a response."""
+        with named():
+            verdict = judge(response, example)
+            if verdict not in (True, False, None):
+                raise TypeError(f"it must give True, False or None, not {verdict!r}")
+        return verdict
+
+    return checked
 
 
 # ---- training
@@ -2011,7 +2035,7 @@ def train(
     Raises InputError if the loss is not finite.
     """
     if is_made(model_out):
-        return read_json(work / "progress.json")
+        return read_json(unchanged(work / "progress.json"))
     work.mkdir(parents=True, exist_ok=True)
     policy = load_policy(policy_folder, args, training=True)
     if marks:
@@ -2050,5 +2074,7 @@ def train(
             save_state(work, policy.model, optimizer, progress)
     if progress["batch"] > done:  # else progress.json names this very state, which must stay
         save_state(work, policy.model, optimizer, progress)
+    if rank() == 0:
+        seal(work / "progress.json")
     save_policy(policy, model_out, args)
     return progress

@@ -460,7 +460,7 @@ def test_a_start_that_was_refused_before_its_first_phase_binds_nothing(tmp_path)
     common.write_chunks(out / "prompts/lengths.jsonl", [], list, chunked(2), "t")
     data.write_text("2")
     opened(settings(tmp_path, seed=2), data=data)
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "run.json"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "digests.json", "run.json"]
     assert json.loads((out / "run.json").read_text())["flags"]["seed"] == 2
 
 

@@ -4,9 +4,11 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
+import sys
 import typing
 import zlib
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import stage
+from conftest import ROOT, stage
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -57,10 +59,10 @@ def refuses(call, *given, says="") -> None:
         with ten_seconds():
             result = call(*given)
     except common.InputError as error:
-        sentence = str(error)
-        assert sentence.isprintable() and says in sentence, sentence
+        assert str(error).isprintable() and says in str(error), str(error)
     except SystemExit as end:
-        assert end.code == 2
+        assert end.code == 2 or end.code.startswith("error: ")
+        assert end.code == 2 or end.code.isprintable() and says in end.code, end.code
     else:
         pytest.fail(f"accepted: {str(result)[:200]}")
 
@@ -458,3 +460,335 @@ def test_what_is_no_model_folder_is_refused(desk, tmp_path, args, what):
     NO_FOLDER[what](tmp_path / "model")
     refuses(read_model, tmp_path / "model", desk, tmp_path / "out", args, says="/model")
     refuses(common.load_prm, tmp_path / "model", args, says="/model")
+
+
+# ---- what users bring besides: checkers, settings, MathV360K, step labels
+
+CHECKERS = {
+    "a syntax error": "def judge(response, example:\n",
+    "no function": "x = 7\n",
+    "no import": "import nothing_of_this_name\n",
+    "an error when read": "1 / 0\n",
+    "no function of this name": "def other(response, example):\n    return True\n",
+    "no callable": "judge = 7\n",
+    "NUL": "judge = '\0'\n",
+    "an error": "def judge(response, example):\n    return example['none']\n",
+    "a failed assertion": "def judge(response, example):\n    assert False\n",
+    "no arguments": "def judge():\n    return True\n",
+    "a text": "def judge(response, example):\n    return 'yes'\n",
+    "a share": "def judge(response, example):\n    return 0.5\n",
+    "a list": "def judge(response, example):\n    return [True]\n",
+    "endless recursion": "def judge(response, example):\n    return judge(response, example)\n",
+}
+
+
+@pytest.mark.parametrize("what", CHECKERS)
+def test_a_checker_that_fails_is_named(tmp_path, what):
+    (tmp_path / "mine.py").write_text(CHECKERS[what])
+    spec = f"{tmp_path}/mine.py:judge"
+    refuses(lambda: common.load_checker(spec)("7", {}), says=f"--chain_checker {spec} fails: ")
+
+
+TEMPLATE_SETTINGS = [
+    *('{"tokenize": false}', '{"conversation": 7}', '{"add_generation_prompt": false}'),
+    *('{"chat_template": "{% for %}"}', '{"chat_template": "{{ 1 / 0 }}"}', '{"chat_template": 7}'),
+    *('{"chat_template": ""}', '{"processor_kwargs": 7}', '{"return_dict": 0}'),
+]
+
+
+@pytest.mark.parametrize("text", TEMPLATE_SETTINGS)
+def test_settings_that_the_chat_template_refuses_are_named_with_the_prompt(
+    tiny, desk, tmp_path, args, text
+):
+    args.chat_template_kwargs = text
+    examples = load(desk, line_of(0))
+    refuses(common.fitting, tmp_path, tiny, args, examples, says="d.jsonl line 1: the processor")
+
+
+@pytest.mark.parametrize("text", ['{"size": "x"}', '{"size": NaN}', '{"max_image_size": "x"}'])
+def test_settings_that_the_processor_refuses_are_a_sentence(tiny, desk, tmp_path, args, text):
+    args.processor = text
+    refuses(common.fitting, tmp_path, tiny, args, load(desk, line_of(0)))
+
+
+def published(count: int) -> list[dict]:
+    """Records in the form of MathV360K, an image each."""
+    turns = [{"value": "<image>\nQuestion: 3 + 4 ?"}, {"value": "7"}]
+    return [{"image": f"{number}.png", "conversations": turns} for number in range(count)]
+
+
+def spoil(number: int, **changed) -> str:
+    """Twenty records, of which the first few are changed."""
+    records = published(20)
+    for record in records[:number]:
+        record |= changed
+    return json.dumps(records)
+
+
+PUBLISHED = {
+    "empty": "",
+    "an object": "{}",
+    "a number": "7",
+    "deep": "[" * 10**5,
+    "torn": spoil(0)[:-9],
+    "many digits": "[" + "9" * 10**4 + "]",
+    "numbers": json.dumps([7] * 20),
+    "no images": spoil(3, image="none.png"),
+    "images of another kind": spoil(3, image=7),
+    "a NUL in a name": spoil(3, image="\0.png"),
+    "half a character": spoil(3, image="\ud800.png"),
+    "one turn": spoil(3, conversations=[{"value": "7"}]),
+    "turns of another kind": spoil(3, conversations={"value": "7"}),
+    "no answers": spoil(3, conversations=[{"value": "<image>\nQuestion: q"}, {"value": ""}]),
+    "too few": json.dumps(published(20)),  # for 750 test and 250 val prompts
+}
+
+
+@pytest.mark.parametrize("what", PUBLISHED)
+def test_a_published_file_that_is_not_whole_is_refused(tmp_path, what):
+    (tmp_path / "data_images").mkdir()
+    for record in published(20):
+        (tmp_path / "data_images" / record["image"]).touch()
+    (tmp_path / "train_samples_all_tuning.json").write_text(PUBLISHED[what])
+    refuses(warmup.split_mathv360k, tmp_path, 0)
+    assert not (tmp_path / "split.json").exists()
+
+
+LABELS = {
+    "half a character": {"step": "\ud800", "score": 1},
+    "no text": {"step": 7, "score": 1},
+    "a text as score": {"step": "7", "score": "1"},
+    "no number": {"step": "7", "score": float("nan")},
+    "many digits": {"step": "7", "score": 10**4000},
+    "a list": ["7", 1],
+}
+
+
+@pytest.mark.parametrize("what", LABELS)
+def test_a_step_label_that_cannot_be_one_is_refused_with_its_line(tiny, desk, policy, args, what):
+    example = load(desk, line_of(0))[0]
+    args.labels, args.held_out, args.label_kind = str(desk / "labels.jsonl"), 0.5, "soft"
+    row = {"id": "0", "steps_with_score": [{"step": "7", "score": 1}]}
+    bad = row | {"steps_with_score": [LABELS[what]]}
+    (desk / "labels.jsonl").write_text("\n".join(map(json.dumps, (row, bad))) + "\n")
+    given = ({"0": example}, policy.tokenizer, args, desk / "steps.jsonl")
+    refuses(train_prm.read_labels, *given, says="labels.jsonl line 2, and 1 of 2")
+
+
+# ---- run folders
+
+LINES = {
+    "01_warmup": "--steps 2 --samples 4 --chunk 8 --save_every 1",
+    "02_train_prm": "--prompts 32 --samples 4 --rollouts 1 --epochs 1 --held_out 0.4 "
+    "--val_samples 2 --batch_size 32",
+    "03_self_evolve": "--passes 1.5 --steps 3 --samples 3 --interval 0.5 --search_prompts 2 "
+    "--search_grid 0.5 1.0",
+}
+
+
+def start(name: str, *words: str) -> None:
+    """A stage in this process as its command line starts it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", "--device", "cpu", *LINES[name].split(), *words])
+        try:
+            common.run_stage(stage(name).Args, stage(name).main)
+        finally:
+            common.close_runs()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, world):
+    """A working directory with finished runs of stages 01 to 03 in runs/toy."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "data").mkdir()
+    (folder / "data/toy").symlink_to(world)
+    (folder / "tests").symlink_to(ROOT / "tests")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in LINES:
+            start(name)
+        yield folder
+
+
+def copy_of(finished, name: str, runs: str):
+    """The folder of a stage, copied into runs/<runs>, with links to the stages before it."""
+    folder = finished / "runs" / runs
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(finished / "runs/toy" / name, folder / name)
+    for other in LINES:
+        if other < name:
+            (folder / other).symlink_to(finished / "runs/toy" / other)
+    return folder / name
+
+
+def results(folder) -> dict:
+    """The JSON and JSONL files of a run but digests, without seconds, and the weights."""
+    found = {}
+    for path in sorted(folder.rglob("*.[js]*")):
+        content = path.read_bytes()
+        if path.name != "digests.json":
+            found[str(path.relative_to(folder))] = re.sub(rb'"seconds": [\d.]+', b"", content)
+    return found
+
+
+def edit_digit(content: bytes) -> bytes:
+    """Another digit in place of one."""
+    places = [i for i, byte in enumerate(content) if chr(byte).isdigit()]
+    place = rng.choice(places)
+    other = (content[place] - 48 + rng.randint(1, 9)) % 10
+    return content[:place] + b"%d" % other + content[place + 1 :]
+
+
+def swap_lines(content: bytes) -> bytes:
+    """The last line first."""
+    lines = content.splitlines(keepends=True)
+    return b"".join([lines[-1], *lines[:-1]])
+
+
+TAMPERS = {
+    "a digit edited": edit_digit,
+    "lines swapped": swap_lines,
+    "cut": lambda content: content[: rng.randrange(1, len(content) - 2)],
+    "a line lost": lambda content: b"".join(content.splitlines(keepends=True)[1:]),
+    "emptied": lambda content: b"",
+    "noise": lambda content: content.translate(bytes(reversed(range(256)))),
+    "other JSON": lambda content: b'{"flags": 7, "iteration": "x", "id": []}\n',
+    "a list": lambda content: b"[]\n",
+    "deleted": None,
+}
+READ_AGAIN = {  # what a finished stage that is started again reads or shows
+    "01_warmup": "run.json digests.json samples.jsonl sft.jsonl metrics.json training/progress.json "
+    "prompts/lengths.jsonl prompts/digests.json training/digests.json model/config.json",
+    "02_train_prm": "run.json digests.json samples.jsonl prefixes.jsonl rollouts.jsonl steps.jsonl "
+    "held_out.jsonl val_samples.jsonl metrics.json training/progress.json model/prm.json",
+    "03_self_evolve": "run.json digests.json metrics.jsonl temperature.jsonl iter_00/metrics.json "
+    "iter_01/metrics.json iter_02/metrics.json iter_03/metrics.json iter_02/digests.json "
+    "model/tokenizer.json",
+}
+TAMPERED = []
+for name, names in READ_AGAIN.items():
+    pairs = [(name, file, how) for file in names.split() for how in TAMPERS]
+    TAMPERED += rng.sample(pairs, 24)
+
+
+@pytest.mark.parametrize("name, file, how", TAMPERED)
+def test_a_finished_run_that_was_tampered_with_is_repaired_or_refused(finished, name, file, how):
+    folder = copy_of(finished, name, "tampered")
+    path, whole = folder / file, results(finished / "runs/toy" / name)
+    before = path.read_bytes()
+    if how == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes(TAMPERS[how](before))
+    try:
+        with ten_seconds():
+            start(name, "--runs", "runs/tampered")
+    except SystemExit as end:
+        assert end.code.startswith("error: ") and end.code.isprintable(), end.code
+    else:
+        assert results(folder) == whole
+
+
+SPOILED = {
+    "progress emptied": lambda work: (work / "progress.json").write_text(""),
+    "progress a list": lambda work: (work / "progress.json").write_text("[1]"),
+    "progress of nothing": lambda work: (work / "progress.json").write_text("{}"),
+    "another batch": lambda work: text_of(work / "progress.json", set_in("batch", to=7)),
+    "no number": lambda work: text_of(work / "progress.json", set_in("batch", to="x")),
+    "state deleted": lambda work: shutil.rmtree(work / "batch_000001"),
+    "weights deleted": lambda work: next(work.glob("batch*/*.safetensors")).unlink(),
+    "weights cut": lambda work: text_of(
+        next(work.glob("batch*/*.safetensors")), lambda old: old[: len(old) // 2]
+    ),
+    "weights emptied": lambda work: next(work.glob("batch*/*.safetensors")).write_bytes(b""),
+}
+
+
+@pytest.fixture(scope="module")
+def half_trained(finished):
+    """Stage 01 in runs/half, interrupted after its first step."""
+
+    class Stop(BaseException):
+        pass
+
+    def stop(work, keep=""):
+        raise Stop
+
+    folder = copy_of(finished, "01_warmup", "half")
+    shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "training")
+    (folder / "metrics.json").unlink()
+    made = json.loads((folder / "digests.json").read_text())
+    del made["model"], made["metrics.json"]
+    common.write_json(folder / "digests.json", made)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(common, "drop_states", stop)
+        start("01_warmup", "--runs", "runs/half")
+    return folder
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_a_training_state_that_is_not_whole_is_refused(finished, half_trained, what):
+    shutil.rmtree(finished / "runs/spoiled", ignore_errors=True)
+    folder = shutil.copytree(half_trained, finished / "runs/spoiled/01_warmup")
+    SPOILED[what](folder / "training")
+    refuses(start, "01_warmup", "--runs", "runs/spoiled")
+
+
+@pytest.mark.parametrize("how", TAMPERS)
+def test_a_chunk_that_was_tampered_with_is_made_again(tmp_path, args, how):
+    items, args.chunk = list(range(10)), 4
+
+    def produce(chunk):
+        return [{"item": item, "copy": k} for item in chunk for k in range(2)]
+
+    def killed(chunk):
+        if 9 in chunk:
+            raise KeyboardInterrupt
+        return produce(chunk)
+
+    common.write_chunks(tmp_path / "whole.jsonl", items, produce, args, "t")
+    for number in (0, 4):
+        path = tmp_path / f"{number}.jsonl"
+        with pytest.raises(KeyboardInterrupt):
+            common.write_chunks(path, items, killed, args, "t")
+        for part in (f"{number:09d}-4.jsonl", f"{number:09d}-4.digest"):
+            part = tmp_path / f"{number}.jsonl.parts" / part
+            if how == "deleted":
+                part.unlink()
+            else:
+                part.write_bytes(TAMPERS[how](part.read_bytes()))
+            with pytest.raises(KeyboardInterrupt):
+                common.write_chunks(path, items, killed, args, "t")
+        common.write_chunks(path, items, produce, args, "t")
+        assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+# ---- Ctrl-C
+
+
+def test_an_interruption_at_any_moment_is_one_sentence_and_the_run_goes_on(finished):
+    def interrupt(*given):
+        signal.raise_signal(signal.SIGINT)
+
+    said = []
+    shutil.rmtree(finished / "runs/stopped", ignore_errors=True)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(10):
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.2, 1.2))
+            with pytest.raises(SystemExit) as end:
+                start("01_warmup", "--runs", "runs/stopped")
+            said.append(end.value.code)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert set(said) == {"interrupted: what was written is whole; the same command continues"}
+    start("01_warmup", "--runs", "runs/stopped")
+    whole = finished / "runs/toy/01_warmup"
+    assert results(finished / "runs/stopped/01_warmup") == results(whole)
+
+
+def test_at_least_two_hundred_bad_inputs_are_tried():
+    tables = (DATA, IMAGES, FLAGS, MODELS, TAMPERED, CHECKERS, PUBLISHED, LABELS, SPOILED)
+    assert sum(map(len, tables)) >= 400
