@@ -507,7 +507,7 @@ def main(args):
         inputs["unlabeled"] = args.unlabeled_data
     out = common.open_run(args, "03_self_evolve", inputs)
     metrics, searches = so_far(out, iterations)
-    if common.is_made(out / "model"):
+    if len(metrics) > iterations and common.is_made(out / "model"):
         return report(out, metrics, args)
     files = [common.load_examples(args.data), common.load_examples(args.val)]
     if "unlabeled" in inputs:

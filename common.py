@@ -1968,17 +1968,11 @@ def training_tensors(model, optimizer):
     return tensors
 
 
-@contextmanager
-def own_errors():
-    """The error itself, such as a full disk, in place of the checkpoint library's report on it."""
-    try:
-        yield
-    except dcp.CheckpointException as report:
-        error, _ = next(iter(report.failures.values()))
-        raise error from None
+def cause_of(report) -> Exception:
+    """The error itself, such as a full disk, in a report of the checkpoint library."""
+    return next(iter(report.failures.values()))[0]
 
 
-@own_errors()
 def save_state(work, model, optimizer, progress):
     """Save weights and moments, every rank its shards, as safetensors; progress.json names them.
 
@@ -1989,9 +1983,12 @@ def save_state(work, model, optimizer, progress):
         shutil.rmtree(new, ignore_errors=True)
     wait_for_ranks()
     writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)
-    dcp.save(training_tensors(model, optimizer), storage_writer=writer)
+    try:
+        dcp.save(training_tensors(model, optimizer), storage_writer=writer)
+    except dcp.CheckpointException as report:
+        raise cause_of(report) from None
     if rank() == 0:
-        write_json(work / "progress.json", progress)
+        write_json(work / "progress.json", progress | {"check": seed_of(progress)})
         drop_states(work, keep=new.name)
     wait_for_ranks()
 
@@ -2003,12 +2000,27 @@ def drop_states(work, keep=""):
             shutil.rmtree(old, ignore_errors=True)
 
 
-@own_errors()
 def load_state(work, model, optimizer) -> dict:
-    """Put the newest saved state into model and optimizer, on any number of ranks; its progress."""
+    """Put the newest saved state into model and optimizer, on any number of ranks; its progress.
+
+    Raises InputError if it is not whole.
+    """
+    progress = read_progress(work)
+    folder = work / f"batch_{progress['batch']:06d}"
+    try:
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        dcp.load(training_tensors(model, optimizer), storage_reader=reader)
+    except dcp.CheckpointException as report:
+        why = first_line(cause_of(report))
+        raise InputError(f"{folder} is not whole ({why}); delete {work} to begin anew") from None
+    return progress
+
+
+def read_progress(work) -> dict:
+    """The progress that `save_state` wrote; raises InputError if it was changed."""
     progress = read_json(work / "progress.json")
-    reader = dcp.HuggingFaceStorageReader(str(work / f"batch_{progress['batch']:06d}"))
-    dcp.load(training_tensors(model, optimizer), storage_reader=reader)
+    if progress.pop("check", None) != seed_of(progress):
+        raise InputError(f"{work}/progress.json was changed since it was made; put it back")
     return progress
 
 
@@ -2035,7 +2047,7 @@ def train(
     Raises InputError if the loss is not finite.
     """
     if is_made(model_out):
-        return read_json(unchanged(work / "progress.json"))
+        return read_progress(work)
     work.mkdir(parents=True, exist_ok=True)
     policy = load_policy(policy_folder, args, training=True)
     if marks:
@@ -2074,7 +2086,5 @@ def train(
             save_state(work, policy.model, optimizer, progress)
     if progress["batch"] > done:  # else progress.json names this very state, which must stay
         save_state(work, policy.model, optimizer, progress)
-    if rank() == 0:
-        seal(work / "progress.json")
     save_policy(policy, model_out, args)
     return progress

@@ -657,8 +657,8 @@ TAMPERS = {
     "deleted": None,
 }
 READ_AGAIN = {  # what a finished stage that is started again reads or shows
-    "01_warmup": "run.json digests.json samples.jsonl sft.jsonl metrics.json training/progress.json "
-    "prompts/lengths.jsonl prompts/digests.json training/digests.json model/config.json",
+    "01_warmup": "run.json digests.json samples.jsonl sft.jsonl metrics.json "
+    "training/progress.json prompts/lengths.jsonl prompts/digests.json model/config.json",
     "02_train_prm": "run.json digests.json samples.jsonl prefixes.jsonl rollouts.jsonl steps.jsonl "
     "held_out.jsonl val_samples.jsonl metrics.json training/progress.json model/prm.json",
     "03_self_evolve": "run.json digests.json metrics.jsonl temperature.jsonl iter_00/metrics.json "
@@ -695,6 +695,7 @@ SPOILED = {
     "progress of nothing": lambda work: (work / "progress.json").write_text("{}"),
     "another batch": lambda work: text_of(work / "progress.json", set_in("batch", to=7)),
     "no number": lambda work: text_of(work / "progress.json", set_in("batch", to="x")),
+    "a digit edited": lambda work: text_of(work / "progress.json", edit_digit),
     "state deleted": lambda work: shutil.rmtree(work / "batch_000001"),
     "weights deleted": lambda work: next(work.glob("batch*/*.safetensors")).unlink(),
     "weights cut": lambda work: text_of(
@@ -776,13 +777,18 @@ def test_an_interruption_at_any_moment_is_one_sentence_and_the_run_goes_on(finis
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         for _ in range(10):
-            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.2, 1.2))
-            with pytest.raises(SystemExit) as end:
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.1, 1.0))
+            try:
                 start("01_warmup", "--runs", "runs/stopped")
-            said.append(end.value.code)
+            except SystemExit as end:
+                said.append(end.code)
+            else:  # it had gone on to its end
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                shutil.rmtree(finished / "runs/stopped")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    assert len(said) >= 5
     assert set(said) == {"interrupted: what was written is whole; the same command continues"}
     start("01_warmup", "--runs", "runs/stopped")
     whole = finished / "runs/toy/01_warmup"
