@@ -91,7 +91,7 @@ def read_mathv360k(source: Path):
     """
     try:
         records = json.loads(source.read_text("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         records = None
     if not isinstance(records, list):
         raise InputError(f"{source} is not a whole JSON list of records; fetch it again")

@@ -189,8 +189,8 @@ def outside_row(record, known, tokenizer, args) -> dict | None:
 def is_step(step) -> bool:
     """Whether a step of --labels has a text and a score from 0 to 1."""
     match step:
-        case {"step": str(), "score": int(score) | float(score)}:
-            return 0 <= score <= 1
+        case {"step": text, "score": int(score) | float(score)}:
+            return common.is_text(text) and 0 <= score <= 1
     return False
 
 

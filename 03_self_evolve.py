@@ -8,8 +8,9 @@ Writes  runs/toy/03_self_evolve/
           iter_XX/search.jsonl    samples of the temperature search
           iter_XX/model/          the policy after the iteration, until the next one is there
           iter_XX/training/       float32 weights and AdamW moments, which the next one inherits
-          metrics.jsonl           one row per iteration; row 0 is the start policy
-          temperature.jsonl       every search: the whole curve and the choice
+          iter_XX/metrics.json    what happened, with the search if there was one
+          metrics.jsonl           one row per iteration, from these; row 0 is the start policy
+          temperature.jsonl       every search, from these: the whole curve and the choice
           model/                  the evolved policy; it exists when the stage has finished
 
 One optimisation runs through all iterations: neither the AdamW moments nor the schedule of the rate
@@ -37,6 +38,7 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -353,13 +355,13 @@ def refresh_prm(policy, folder, t, args):
     shared = [item.name for item in fields(common.ScoringArgs)]
     flags = {name: getattr(args, name) for name in [*shared, "data", "val"]}
     if run.exists():
-        flags |= json.loads(run.read_text())["flags"]
+        flags |= common.read_json(common.unchanged(run))["flags"]
     flags |= {"seed": seed_of(args.seed, "refresh", t), "engine": args.engine, "labels": ""}
     folder.mkdir(exist_ok=True)
     stage.make_prm(folder, policy, stage.Args(**flags))
     names = ("samples.jsonl", "val_samples.jsonl", "rollouts.jsonl")
     samples = sum(len(Lines(folder / name)) for name in names)
-    steps = json.loads((folder / "metrics.json").read_text())["steps"]
+    steps = common.read_json(folder / "metrics.json")["steps"]
     return {"extra_samples": samples, "extra_steps": steps}
 
 
@@ -481,9 +483,19 @@ def is_temperature(text) -> bool:
         return False
 
 
-def rows_so_far(path) -> list[dict]:
-    """The rows of a file that grows with the iterations; none before the first."""
-    return read_jsonl(path) if path.exists() else []
+def so_far(out, iterations):
+    """The rows of metrics.jsonl and temperature.jsonl, written from what each iteration left."""
+    metrics = []
+    for t in range(iterations + 1):
+        path = out / f"iter_{t:02d}" / "metrics.json"
+        if not common.is_made(path):
+            break
+        metrics.append(common.read_json(path))
+    searches = [row.pop("search") for row in metrics if "search" in row]
+    if common.rank() == 0:
+        write_jsonl(out / "temperature.jsonl", searches)
+        write_jsonl(out / "metrics.jsonl", metrics)
+    return metrics, searches
 
 
 def main(args):
@@ -494,8 +506,9 @@ def main(args):
     if args.unlabeled != "none":
         inputs["unlabeled"] = args.unlabeled_data
     out = common.open_run(args, "03_self_evolve", inputs)
-    if common.is_made(out / "model"):
-        return report(out, args)
+    metrics, searches = so_far(out, iterations)
+    if len(metrics) > iterations and common.is_made(out / "model"):
+        return report(out, metrics, args)
     files = [common.load_examples(args.data), common.load_examples(args.val)]
     if "unlabeled" in inputs:
         hidden = args.unlabeled == "vote"
@@ -504,14 +517,11 @@ def main(args):
     examples, val, *unlabeled = common.fitting(out, start, args, *files)
     unlabeled = sum(unlabeled, [])
     choose_prompts(examples, unlabeled, iterations, iterations, args)  # refused now, not later
-    metrics = rows_so_far(out / "metrics.jsonl")
     trackers = start_trackers(args, out) if common.rank() == 0 else []
     send(metrics, trackers)  # a restart begins a new run there, which is whole, too
 
     adaptive = args.temperature == "adaptive"
     temperature = 1.0 if adaptive else float(args.temperature)  # T
-    searches = rows_so_far(out / "temperature.jsonl")
-    searches = [search for search in searches if search["iteration"] < len(metrics)]
     for t in range(len(metrics), iterations + 1):
         clock, folder, prm = time.time(), out / f"iter_{t:02d}", current_prm(out, t, args)  # f
         folder.mkdir(exist_ok=True)
@@ -536,30 +546,28 @@ def main(args):
             row |= refresh_prm(policy, folder / "prm", t, args)
             prm = folder / "prm" / "model"
         if between and adaptive and t % args.search_every == 0:
-            searches.append(adapt(policy, prm, val, folder, t, temperature, args))
+            row["search"] = adapt(policy, prm, val, folder, t, temperature, args)
             row["extra_samples"] += len(Lines(folder / "search.jsonl"))
         row["seconds"] = round(time.time() - clock, 1)
-        metrics.append(row)
-        if common.rank() == 0:
-            write_jsonl(out / "temperature.jsonl", searches)
-            write_jsonl(out / "metrics.jsonl", metrics)
-        send([row], trackers)
-        print(json.dumps(row))
+        once(folder / "metrics.json", partial(common.write_json, value=row))
+        metrics, searches = so_far(out, iterations)
+        send(metrics[-1:], trackers)
+        print(json.dumps(metrics[-1]))
     for tracker in trackers:
         tracker.finish()
     if common.rank() == 0:
         last = out / f"iter_{iterations:02d}"
         shutil.rmtree(last / "training", ignore_errors=True)
         os.replace(last / "model", out / "model")
-        common.seal(out / "model")
-        report(out, args)
+        for name in ("metrics.jsonl", "temperature.jsonl", "model"):
+            common.seal(out / name)
+        report(out, metrics, args)
 
 
-def report(out, args):
+def report(out, rows, args):
     """Print the dynamics as a table, the budget that was spent, and what to run next."""
     names = ("greedy_accuracy", "sample_accuracy", "pass_at_k", "reward_pass_at_2")
     print("iteration    T  greedy_accuracy  sample_accuracy        pass_at_k reward_pass_at_2")
-    rows = read_jsonl(out / "metrics.jsonl")
     for row in rows:
         if "pass_at_k" in row:
             start = f"{row['iteration']:9d} {row['temperature']:4.1f}"

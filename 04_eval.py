@@ -48,6 +48,7 @@ from common import (
     encode_steps,
     fitting,
     flag,
+    is_made,
     is_there,
     load_checker,
     load_examples,
@@ -57,6 +58,7 @@ from common import (
     problem_of,
     rank,
     read_image,
+    read_json,
     read_jsonl,
     reward_pass_at_k,
     run_stage,
@@ -618,10 +620,11 @@ def draw_dynamics(evolving, path):
 
 
 def origin_of(folder):
-    """{"flags", "inputs"} of a run of stage 03; raises InputError where there is none."""
-    if not (folder / "run.json").exists():
+    """{"flags", "inputs"} of a run of stage 03; InputError for none, or one that was changed."""
+    made = [is_made(folder / name) for name in ("run.json", "metrics.jsonl", "temperature.jsonl")]
+    if not made[0]:
         raise InputError(f"{folder} holds no run; run 03_self_evolve.py first")
-    return json.loads((folder / "run.json").read_text())
+    return read_json(folder / "run.json")
 
 
 def policies_of(runs, flags, base):

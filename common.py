@@ -45,6 +45,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassError  # of a config.json
 from jinja2 import TemplateError  # comes with transformers, for chat templates
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
@@ -180,7 +181,7 @@ def inherit(args, given, stage):
     runs = [path for path in runs if path.parent.name < stage]
     if getattr(args, "policy", ""):
         runs.insert(0, Path(args.policy).parent / "run.json")
-    earlier = [(path, read_json(path).get("flags", {})) for path in runs if path.exists()]
+    earlier = [(path, read_json(unchanged(path))["flags"]) for path in runs if path.exists()]
     for name in INHERITED:
         path, flags = next((pair for pair in earlier if name in pair[1]), (None, {}))
         then, now = flags.get(name), getattr(args, name, None)
@@ -310,20 +311,22 @@ def once(path, write):
 
 
 def is_made(path) -> bool:
-    """Whether the output of a phase is there, as all ranks see it.
-
-    Raises InputError if it is not as it was made: changed, cut short, deleted.
-    """
-    if rank() == 0:
-        path = Path(path)
-        made = seals(path.parent).get(path.name)
-        if made and not path.exists() and not path.suffix:  # a model; a file is made anew
-            raise InputError(f"{path} was made and is gone; put it back or start in another --runs")
-        if made and path.exists() and digest(path) != made:
-            raise InputError(f"{path} was changed since it was made; start in another --runs")
-        if path.exists() and not made:  # killed between the two
-            seal(path)
+    """Whether the output of a phase is there, `unchanged`, as all ranks see it."""
+    path = Path(path)
+    if rank() == 0 and unchanged(path).exists() and path.name not in seals(path.parent):
+        seal(path)  # killed between the two
     return is_there(path)
+
+
+def unchanged(path) -> Path:
+    """An output; raises InputError if it is not as it was made: changed, cut short, deleted."""
+    path = Path(path)
+    made = seals(path.parent).get(path.name)
+    if made and not path.exists() and not path.suffix:  # a model; a file is made anew
+        raise InputError(f"{path} was made and is gone; put it back or start in another --runs")
+    if made and path.exists() and digest(path) != made:
+        raise InputError(f"{path} was changed since it was made; start in another --runs")
+    return path
 
 
 def seals(folder) -> dict:
@@ -367,7 +370,7 @@ def read_json(path) -> dict:
     """The object in a JSON file; raises InputError if it holds none."""
     try:
         return dict(json.loads(Path(path).read_text("utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError, FileNotFoundError) as error:
         raise InputError(f"{path} is not a whole JSON object ({error}); put it back") from None
 
 
@@ -437,8 +440,11 @@ def write_chunks(path, items, produce, args, label):
         starts = range(0, len(items), args.chunk)
         for start in tqdm(starts[rank() :: world_size()], label, disable=quiet()):
             name = parts / f"{start:09d}-{args.chunk}.jsonl"
-            if not name.exists():
+            made = name.with_suffix(".digest")  # a chunk that was changed is made again
+            both = name.exists() and made.exists()
+            if not both or made.read_bytes() != digest(name).encode():
                 write_jsonl(name, produce(items[start : start + args.chunk]))
+                write_atomic(made, [digest(name)])
         wait_for_ranks()
         names = sorted(parts.glob(f"*-{args.chunk}.jsonl"))
         once(path, lambda part: write_atomic(part, (name.read_text("utf-8") for name in names)))
@@ -459,7 +465,8 @@ def digest(path) -> str:
 
 # ---- the run folder of a stage
 
-FREE = {".lock", "run.json", "run.json.part", "prompts"}  # what a refused start may leave
+# What a refused start may leave.
+FREE = {".lock", "prompts", *("run.json", "run.json.part", "digests.json", "digests.json.part")}
 LOCKS = []  # open lock files; the kernel frees a lock when its process ends, however it ends
 
 
@@ -491,13 +498,14 @@ def open_run(args, stage, inputs) -> Path:
         else:
             shutil.rmtree(out / "prompts", ignore_errors=True)
         write_json(out / "run.json", now)
+        seal(out / "run.json")
     wait_for_ranks()
     return out
 
 
 def fingerprint(stage, name, path):
     """The digest of an input, or a model's name on the hub; raises InputError if it is missing."""
-    if Path(path).exists():
+    if Path(path).is_file() or Path(path).is_dir():  # a pipe would be waited for
         return digest(path)
     if name == "model" and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         return str(path)
@@ -523,9 +531,9 @@ def refuse_other_settings(out, now):
     """Raises InputError with what differs if a folder was made with other flags or inputs."""
     if not (out / "run.json").exists():
         raise InputError(f"{out} holds files but no run.json; choose another --runs")
-    then, changed = read_json(out / "run.json"), []
+    then, changed = read_json(unchanged(out / "run.json")), []
     for kind in ("flags", "inputs"):
-        old = then.get(kind, {})
+        old = then[kind]
         for name in old | now[kind]:
             was, wanted = old.get(name), now[kind].get(name)
             if was != wanted:
@@ -568,7 +576,7 @@ def load_examples(path, hidden=False) -> list[dict]:
         if not image.startswith(folder) or os.path.isabs(row["image"]):
             raise InputError(f"{row['where']}: image {row['image']!r} leaves the data folder")
         if not os.path.isfile(image):
-            raise InputError(f"{row['where']}: image {image} does not exist, or is no file")
+            raise InputError(f"{row['where']}: image {image!r} does not exist, or is no file")
         row["image"] = image
         rows.append(row)
     if not rows:
@@ -592,8 +600,8 @@ def problem_of(row, hidden) -> str | None:
             return 'field "choices" must be a list of 2 to 10 texts that are not empty, or null'
     if row.get("answer_type") not in (None, *ANSWER_TYPES):
         return f'"answer_type" must be one of {", ".join(ANSWER_TYPES)} or null'
-    if decimals is not None and (type(decimals) is not int or decimals < 0):
-        return '"precision" must be a count of decimals or null'
+    if decimals is not None and (type(decimals) is not int or not 0 <= decimals <= 15):
+        return '"precision" must be a count of decimals, at most 15, or null'
     if not hidden and canonical(row["answer"], row) is None:
         return f"the answer {row['answer']!r} is none of the choices, or not of its type"
     return None
@@ -827,10 +835,31 @@ def with_text(text: str, options: dict[str, str]) -> set[str]:
 # ---- models and prompts
 
 
-LOADING_ERRORS = (  # what transformers and jinja raise for a folder that is not whole
-    *(OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError),
-    *(SafetensorError, TemplateError),
+LOADING_ERRORS = (  # for a folder that is not whole, or a prompt that its chat template refuses
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError),
+    *(ArithmeticError, SafetensorError, TemplateError, StrictDataclassError),
 )
+
+
+@contextmanager
+def loading(path):
+    """InputError in place of what is raised for a folder that is no whole checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, LOADING_ERRORS) and type(error) is not Exception:
+            raise  # tokenizers' errors are the ones of no kind
+        why = first_line(error)
+        if "trust_remote_code" in str(error):
+            why += "; if you trust it, pass --trust_remote_code"
+        raise InputError(
+            f"{path} cannot be loaded as a vision-language checkpoint: {why}"
+        ) from None
+
+
+def first_line(error) -> str:
+    """What an error says, as one line."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 @dataclass
@@ -871,7 +900,7 @@ def load_policy(path, args, training=False) -> Policy:
     """
     code = {"trust_remote_code": args.trust_remote_code}
     free_memory()  # of a training phase: FSDP2's modules hold each other until they are collected
-    try:
+    with loading(path):
         config = AutoConfig.from_pretrained(path, **code)
         known = type(config) in AutoModelForImageTextToText._model_mapping
         if not known and not hasattr(config, "auto_map"):
@@ -879,6 +908,9 @@ def load_policy(path, args, training=False) -> Policy:
         if config.is_encoder_decoder:
             raise ValueError("it is an encoder-decoder, whose responses do not follow its prompts")
         processor = load_processor(path, config, args)
+        ends = Path(path) / "generation_config.json"  # transformers passes over a broken one
+        if ends.exists():
+            read_json(ends)
         model, found = AutoModelForImageTextToText.from_pretrained(
             path,
             config=config,
@@ -895,13 +927,6 @@ def load_policy(path, args, training=False) -> Policy:
         for name, weight in model.named_parameters():
             if not weight.isfinite().all():
                 raise ValueError(f"its weight {name} holds NaN or infinity")
-    except LOADING_ERRORS as error:
-        why = str(error).strip().splitlines()[0]
-        if "trust_remote_code" in str(error):
-            why += "; if you trust it, pass --trust_remote_code"
-        raise InputError(
-            f"{path} cannot be loaded as a vision-language checkpoint: {why}"
-        ) from None
     if args.freeze_vision:
         tower = model.get_encoder(modality="image")
         if tower in (model, model.base_model):
@@ -913,10 +938,9 @@ def load_policy(path, args, training=False) -> Policy:
         model.disable_input_require_grads()
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     banned = sorted({getattr(config, name, None) for name in names} - {None})
-    pad = processor.tokenizer.pad_token_id
     if not training:
         model = model.to(args.device).eval()
-    return Policy(model, processor, eos, eos[0] if pad is None else pad, banned)
+    return Policy(model, processor, eos, processor.tokenizer.pad_token_id, banned)
 
 
 def load_processor(path, config, args):
@@ -930,6 +954,9 @@ def load_processor(path, config, args):
     processor = load(**settings)
     if not hasattr(processor, "tokenizer") or not processor.chat_template:
         raise ValueError("it has no processor of images and text, or no chat template")
+    if processor.tokenizer.pad_token is None:
+        raise ValueError("its tokenizer has no padding token")
+    closing_first(processor, None)  # shows whether template and tokenizer work
     known = json.dumps(load().to_dict())  # parts within parts
     unknown = [name for name in settings if f'"{name}": ' not in known]
     if unknown and processor.to_dict() == load().to_dict():
@@ -1071,8 +1098,9 @@ class PromptLengths(torch.utils.data.Dataset):
             batch = ask(processor, [examples[place]], args, tokenize=True, return_dict=True)
         except InputError as error:
             return str(error)
-        except (ValueError, TemplateError) as error:  # such as an image 200 times wider than high
-            return f"{examples[place]['where']}: the processor refuses this prompt ({error})"
+        except LOADING_ERRORS as error:  # such as an image 200 times wider than high
+            why = first_line(error)
+            return f"{examples[place]['where']}: the processor refuses this prompt ({why})"
         return len(batch["input_ids"][0])
 
 
@@ -1085,7 +1113,8 @@ def fitting(out, folder, args, *files) -> list[list[dict]]:
     """
     path, examples = out / "prompts" / "lengths.jsonl", list(itertools.chain(*files))
     code = {"trust_remote_code": args.trust_remote_code}
-    processor = load_processor(folder, AutoConfig.from_pretrained(folder, **code), args)
+    with loading(folder):
+        processor = load_processor(folder, AutoConfig.from_pretrained(folder, **code), args)
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def produce(chunk):
@@ -1568,7 +1597,7 @@ def start_engine(folder, args):
     try:
         return vllm.LLM(str(folder), **settings, **code)
     except (ValueError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise InputError(
             f"vLLM did not start ({why}); its own words stand above. If it lacks memory, change "
             "--engine_memory; --engine transformers does without it"
@@ -1607,7 +1636,7 @@ def ask_engine(engine, policy, examples, seeds, temperatures, args, prefixes) ->
     try:
         return engine.generate(prompts, settings, use_tqdm=False)
     except ValueError as error:
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise InputError(f"vLLM refuses a prompt ({why}); use --engine transformers") from None
 
 
@@ -1806,10 +1835,27 @@ def load_checker(spec):
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         raise InputError(f"--chain_checker {spec}: {path!r} is not a file; give FILE:FUNCTION")
-    names = runpy.run_path(path)
-    if name not in names:
-        raise InputError(f"--chain_checker {spec}: {path} defines no {name}")
-    return names[name]
+
+    @contextmanager
+    def named():
+        """A sentence in place of what the user's code raises."""
+        try:
+            yield
+        except (*LOADING_ERRORS, SyntaxError, NameError, AssertionError) as error:
+            raise InputError(f"--chain_checker {spec} fails: {error!r}") from None
+
+    with named():
+        judge = runpy.run_path(path)[name]
+
+    def checked(response, example):
+        """The user's verdict on a response."""
+        with named():
+            verdict = judge(response, example)
+            if verdict not in (True, False, None):
+                raise TypeError(f"it must give True, False or None, not {verdict!r}")
+        return verdict
+
+    return checked
 
 
 # ---- training
@@ -1934,17 +1980,11 @@ def training_tensors(model, optimizer):
     return tensors
 
 
-@contextmanager
-def own_errors():
-    """The error itself, such as a full disk, in place of the checkpoint library's report on it."""
-    try:
-        yield
-    except dcp.CheckpointException as report:
-        error, _ = next(iter(report.failures.values()))
-        raise error from None
+def cause_of(report) -> Exception:
+    """The error itself, such as a full disk, in a report of the checkpoint library."""
+    return next(iter(report.failures.values()))[0]
 
 
-@own_errors()
 def save_state(work, model, optimizer, progress):
     """Save weights and moments, every rank its shards, as safetensors; progress.json names them.
 
@@ -1955,9 +1995,12 @@ def save_state(work, model, optimizer, progress):
         shutil.rmtree(new, ignore_errors=True)
     wait_for_ranks()
     writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)
-    dcp.save(training_tensors(model, optimizer), storage_writer=writer)
+    try:
+        dcp.save(training_tensors(model, optimizer), storage_writer=writer)
+    except dcp.CheckpointException as report:
+        raise cause_of(report) from None
     if rank() == 0:
-        write_json(work / "progress.json", progress)
+        write_json(work / "progress.json", progress | {"check": seed_of(progress)})
         drop_states(work, keep=new.name)
     wait_for_ranks()
 
@@ -1969,12 +2012,27 @@ def drop_states(work, keep=""):
             shutil.rmtree(old, ignore_errors=True)
 
 
-@own_errors()
 def load_state(work, model, optimizer) -> dict:
-    """Put the newest saved state into model and optimizer, on any number of ranks; its progress."""
+    """Put the newest saved state into model and optimizer, on any number of ranks; its progress.
+
+    Raises InputError if it is not whole.
+    """
+    progress = read_progress(work)
+    folder = work / f"batch_{progress['batch']:06d}"
+    try:
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        dcp.load(training_tensors(model, optimizer), storage_reader=reader)
+    except dcp.CheckpointException as report:
+        why = first_line(cause_of(report))
+        raise InputError(f"{folder} is not whole ({why}); delete {work} to begin anew") from None
+    return progress
+
+
+def read_progress(work) -> dict:
+    """The progress that `save_state` wrote; raises InputError if it was changed."""
     progress = read_json(work / "progress.json")
-    reader = dcp.HuggingFaceStorageReader(str(work / f"batch_{progress['batch']:06d}"))
-    dcp.load(training_tensors(model, optimizer), storage_reader=reader)
+    if progress.pop("check", None) != seed_of(progress):
+        raise InputError(f"{work}/progress.json was changed since it was made; put it back")
     return progress
 
 
@@ -2016,7 +2074,7 @@ def train(
     Raises InputError if the loss is not finite.
     """
     if is_made(model_out):
-        return read_json(work / "progress.json")
+        return read_progress(work)
     work.mkdir(parents=True, exist_ok=True)
     policy = load_policy(policy_folder, args, training=True)
     if marks:

@@ -386,8 +386,8 @@ WITHOUT_QUESTION = {name: value for name, value in GOOD.items() if name != "ques
         (GOOD | {"precision": -1}, 'line 2: "precision" must be a count'),
         (GOOD | {"answer": "x", "answer_type": "integer"}, "line 2: the answer 'x' "),
         (GOOD, "line 2: id 'a' stands already in"),
-        (GOOD | {"id": "b", "image": "images/none.png"}, "none.png does not exist"),
-        (GOOD | {"id": "b", "image": "images"}, "images does not exist, or is no file"),
+        (GOOD | {"id": "b", "image": "images/none.png"}, "none.png' does not exist"),
+        (GOOD | {"id": "b", "image": "images"}, "images' does not exist, or is no file"),
         (GOOD | {"choices": ["7", " "]}, 'line 2: field "choices"'),
         (GOOD | {"question": "\ud800"}, 'line 2: field "question"'),
         ("[" * 99999, "line 2: not JSON"),
@@ -460,7 +460,7 @@ def test_a_start_that_was_refused_before_its_first_phase_binds_nothing(tmp_path)
     common.write_chunks(out / "prompts/lengths.jsonl", [], list, chunked(2), "t")
     data.write_text("2")
     opened(settings(tmp_path, seed=2), data=data)
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "run.json"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "digests.json", "run.json"]
     assert json.loads((out / "run.json").read_text())["flags"]["seed"] == 2
 
 

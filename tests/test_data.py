@@ -49,7 +49,7 @@ def test_every_image_is_read_before_hours_are_spent(tmp_path, tiny, args):
     whole.write_bytes(picture())
     assert common.fitting(tmp_path / "out", tiny, args, examples) == [examples]
     (tmp_path / "images/1.png").unlink()
-    with pytest.raises(common.InputError, match="line 2: image .*1.png does not exist"):
+    with pytest.raises(common.InputError, match="line 2: image .*1.png' does not exist"):
         common.load_examples(path)
 
 
