@@ -54,7 +54,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
-from transformers.cache_utils import DynamicLayer
 
 if "__mp_main__" in sys.modules and sys.platform == "linux":
     # This is a process of vLLM, which reads the script again. PR_SET_PDEATHSIG: a killed stage
@@ -1203,28 +1202,6 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:6], "big")
 
 
-class RoomyLayer(DynamicLayer):
-    """A cache layer with room behind its tokens; a plain one copies itself for every new token."""
-
-    def __init__(self, layer):
-        vars(self).update(vars(layer))
-        self.length = layer.get_seq_length()
-
-    def get_seq_length(self):
-        """How many tokens it holds."""
-        return self.length
-
-    def update(self, keys, values, *args, **kwargs):
-        """Write states (B, heads, W, D) behind those that are there; returns them all."""
-        start, self.length = self.length, self.length + keys.shape[2]
-        if self.length > self.keys.shape[2]:
-            room = (0, 0, 0, 31)  # for 31 more tokens
-            super().update(F.pad(keys, room), F.pad(values, room))
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-
 def read_prompts(policy, batch) -> tuple:
     """Read prompts: their cache, their offset and the logits of their next token (B, V).
 
@@ -1232,11 +1209,8 @@ def read_prompts(policy, batch) -> tuple:
     positions; else it is None.
     """
     out = policy.model(**batch, use_cache=True, logits_to_keep=1)
-    cache = out.past_key_values
-    # A sliding window and linear attention have layers of their own.
-    cache.layers = [RoomyLayer(x) if type(x) is DynamicLayer else x for x in cache.layers]
     offset = getattr(policy.model.base_model, "rope_deltas", None)
-    return cache, offset, out.logits[:, -1].float()
+    return out.past_key_values, offset, out.logits[:, -1].float()
 
 
 def take_rows(cache, index, *tensors) -> list:
