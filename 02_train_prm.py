@@ -372,8 +372,8 @@ def label_rollouts(out, policy, examples, by_id, tokenizer, args):
         sampler.sample(samples, examples, args.samples, args.temperature, "prm")
         once(prefixes, partial(cut, samples, tokenizer))
         begun = [by_id[row["id"]] for row in stream_jsonl(prefixes)]
-        n, heat, ids = args.rollouts, args.rollout_temperature, Lines(prefixes, "token_ids")
-        sampler.sample(rollouts, begun, n, heat, "rollout", prefixes=ids)
+        n, heat = args.rollouts, args.rollout_temperature
+        sampler.sample(rollouts, begun, n, heat, "rollout", prefixes=Lines(prefixes))
     both = stream_jsonl(samples), stream_jsonl(rollouts)
     rows = labelled_responses(*both, by_id, tokenizer, args)
     once(out / "steps.jsonl", lambda part: write_jsonl(part, rows))

@@ -176,15 +176,18 @@ def check_ranges(args):
 
 def inherit(args, given, stage):
     """Take the flags of INHERITED that were not given from the stage before, and say so."""
-    runs = sorted(Path(args.runs).glob("0?_*/run.json"), reverse=True)
+    runs = sorted(Path(args.runs).glob("0?_*/run.json"))
     runs = [path for path in runs if path.parent.name < stage]
     if getattr(args, "policy", ""):
-        runs.insert(0, Path(args.policy).parent / "run.json")
-    earlier = [(path, read_json(unchanged(path))["flags"]) for path in runs if path.exists()]
+        runs.append(Path(args.policy).parent / "run.json")
+    found = {}  # of each flag the last stage's
+    for path in filter(Path.exists, runs):
+        flags = read_json(unchanged(path))["flags"]
+        found |= {name: (then, path) for name, then in flags.items()}
     for name in INHERITED:
-        path, flags = next((pair for pair in earlier if name in pair[1]), (None, {}))
-        then, now = flags.get(name), getattr(args, name, None)
-        if then is None or now is None or then == now:
+        now = getattr(args, name, None)
+        then, path = found.get(name, (now, None))
+        if now is None or then == now:
             continue
         if name in given:
             print(f"--{name} is {now!r}, another than {then!r} in {path}")
@@ -374,14 +377,10 @@ def read_json(path) -> dict:
 
 
 class Lines:
-    """The rows of a JSONL file by number, read when asked for: only their places are in memory.
+    """The rows of a JSONL file by number, read when asked for: only their places are in memory."""
 
-    field: give that field of a row in place of the row.
-    """
-
-    def __init__(self, path, field=None):
+    def __init__(self, path):
         self.file = open(path, "rb")
-        self.field = field
         self.starts = array("q", itertools.accumulate(map(len, self.file), initial=0))
 
     def __len__(self):
@@ -391,8 +390,7 @@ class Lines:
         if not 0 <= place < len(self):
             raise IndexError(place)
         self.file.seek(self.starts[place])
-        row = json.loads(self.file.readline())
-        return row if self.field is None else row[self.field]
+        return json.loads(self.file.readline())
 
 
 def by_prompt(rows):
@@ -531,12 +529,11 @@ def refuse_other_settings(out, now):
     if not (out / "run.json").exists():
         raise InputError(f"{out} holds files but no run.json; choose another --runs")
     then, changed = read_json(unchanged(out / "run.json")), []
-    for kind in ("flags", "inputs"):
+    for kind, mine in now.items():
         old = then[kind]
-        for name in old | now[kind]:
-            was, wanted = old.get(name), now[kind].get(name)
-            if was != wanted:
-                changed.append(f"{kind[:-1]} {name} was {was!r}, now {wanted!r}")
+        for name in old | mine:
+            if old.get(name) != mine.get(name):
+                changed.append(f"{kind[:-1]} {name} was {old.get(name)!r}, now {mine.get(name)!r}")
     if changed:
         changes = "; ".join(changed)
         raise InputError(f"{out} was made otherwise: {changes}. Delete it or choose another --runs")
@@ -1082,25 +1079,15 @@ def encode_prompts(policy, examples, args) -> dict[str, torch.Tensor]:
     return {name: x.to(dtype_of(args)) if x.is_floating_point() else x for name, x in batch.items()}
 
 
-class PromptLengths(torch.utils.data.Dataset):
-    """How many tokens the prompt of each example has, or why it cannot be read, as a text."""
-
-    def __init__(self, processor, examples, args):
-        self.given = (processor, examples, args)
-
-    def __len__(self):
-        return len(self.given[1])
-
-    def __getitem__(self, place):
-        processor, examples, args = self.given
-        try:
-            batch = ask(processor, [examples[place]], args, tokenize=True, return_dict=True)
-        except InputError as error:
-            return str(error)
-        except LOADING_ERRORS as error:  # such as an image 200 times wider than high
-            why = first_line(error)
-            return f"{examples[place]['where']}: the processor refuses this prompt ({why})"
-        return len(batch["input_ids"][0])
+def prompt_length(processor, args, example):
+    """How many tokens the prompt of an example has, or why it cannot be read, as a text."""
+    try:
+        batch = ask(processor, [example], args, tokenize=True, return_dict=True)
+    except InputError as error:
+        return str(error)
+    except LOADING_ERRORS as error:  # such as an image 200 times wider than high
+        return f"{example['where']}: the processor refuses this prompt ({first_line(error)})"
+    return len(batch["input_ids"][0])
 
 
 def fitting(out, folder, args, *files) -> list[list[dict]]:
@@ -1115,31 +1102,28 @@ def fitting(out, folder, args, *files) -> list[list[dict]]:
     with loading(folder):
         processor = load_processor(folder, AutoConfig.from_pretrained(folder, **code), args)
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    how = {"batch_size": None, "collate_fn": partial(prompt_length, processor, args)}
+    most = args.max_prompt_tokens
 
     def produce(chunk):
         """The lengths of a chunk."""
         workers = min(cores, len(chunk) // 32)  # a few are not worth a process
-        counts = torch.utils.data.DataLoader(
-            PromptLengths(processor, chunk, args), batch_size=None, num_workers=workers
-        )
+        counts = torch.utils.data.DataLoader(chunk, num_workers=workers, **how)
         for example, count in zip(chunk, counts):
             if isinstance(count, str):
                 raise InputError(count)
-            yield {"id": example["id"], "tokens": count, "fits": count <= args.max_prompt_tokens}
+            yield {"id": example["id"], "tokens": count, "fits": count <= most}
 
     write_chunks(path, examples, produce, args, "prompts")
-    rows, kept = stream_jsonl(path), []
-    for file in files:
-        kept.append([])
-        for example, row in zip(file, rows):
-            example["tokens"] = row["tokens"]
-            if row["fits"]:
-                kept[-1].append(example)
-        left_out = f"{len(file) - len(kept[-1])} of {len(file)} prompts have more than "
-        left_out += f"--max_prompt_tokens {args.max_prompt_tokens} tokens; {path} lists them"
-        if len(kept[-1]) < 0.9 * len(file):
+    for example, row in zip(examples, stream_jsonl(path)):
+        example["tokens"] = row["tokens"]
+    kept = [[example for example in file if example["tokens"] <= most] for file in files]
+    for file, rest in zip(files, kept):
+        left_out = f"{len(file) - len(rest)} of {len(file)} prompts have more than "
+        left_out += f"--max_prompt_tokens {most} tokens; {path} lists them"
+        if len(rest) < 0.9 * len(file):
             raise InputError(f"{left_out}: raise the flag or use smaller images")
-        if len(kept[-1]) < len(file):
+        if len(rest) < len(file):
             print(f"left out: {left_out}")
     return kept
 
@@ -1391,9 +1375,10 @@ class Sampler:
         """Phase: n checked samples per example as JSONL rows, in the order of the examples.
 
         Each is seeded by (purpose, iteration, prompt, sample), or by its prefix in place of the
-        iteration. temperature: a number or one per example. With a PRM a row gets its step scores
-        and R_p; right_only: R = 1(a = a*) x R_p instead, for examples whose answer is known: wrong
-        samples have R = 0 and are not scored.
+        iteration; prefixes: rows whose token_ids the responses begin with. temperature: a number or
+        one per example. With a PRM a row gets its step scores and R_p; right_only: R = 1(a = a*) x
+        R_p instead, for examples whose answer is known: wrong samples have R = 0 and are not
+        scored.
         """
         heats = temperature if isinstance(temperature, list) else [temperature] * len(examples)
 
@@ -1401,7 +1386,7 @@ class Sampler:
             """The rows of a chunk."""
             chunk = [examples[i] for i in places]
             heat = [heats[i] for i in places]
-            begun = [prefixes[i] for i in places] if prefixes else [[]] * len(chunk)
+            begun = [prefixes[i]["token_ids"] for i in places] if prefixes else [[]] * len(chunk)
             seeds = []
             for example, prefix in zip(chunk, begun):
                 key = (example["id"], prefix) if prefix else (iteration, example["id"])
@@ -1821,12 +1806,12 @@ def load_checker(spec):
     with named():
         judge = runpy.run_path(path)[name]
 
+    @named()
     def checked(response, example):
         """The user's verdict on a response."""
-        with named():
-            verdict = judge(response, example)
-            if verdict not in (True, False, None):
-                raise TypeError(f"it must give True, False or None, not {verdict!r}")
+        verdict = judge(response, example)
+        if verdict not in (True, False, None):
+            raise TypeError(f"it must give True, False or None, not {verdict!r}")
         return verdict
 
     return checked
