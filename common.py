@@ -49,6 +49,7 @@ from huggingface_hub.errors import StrictDataclassError  # of a config.json
 from jinja2 import TemplateError  # comes with transformers, for chat templates
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
@@ -248,16 +249,15 @@ def join_ranks(device):
     """
     if dist.is_initialized():
         return
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if not match:
         raise InputError(f"--device must be cpu, cuda or cuda:N, found {device}")
-    kind, _, number = device.partition(":")
-    if number and "RANK" in os.environ:
+    if match[1] and "RANK" in os.environ:
         raise InputError("--device: give cuda under torchrun; each rank takes its own GPU")
     backend = "gloo"
-    if kind == "cuda":
+    if device != "cpu":
         backend = "cpu:gloo,cuda:nccl"
-        number = int(number or os.environ.get("LOCAL_RANK", 0))
-        count = torch.cuda.device_count()
+        number, count = int(match[1] or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if number >= count:
             raise InputError(f"--device {device}: GPU {number} is asked for, torch sees {count}")
         torch.cuda.set_device(number)
@@ -991,12 +991,11 @@ def save_policy(policy, path, args):
     The model is in that dtype afterwards. Weights that FSDP2 shards are gathered one by one on
     rank 0's CPU.
     """
-    model, weights = policy.model.to(dtype_of(args)), {}
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        if rank() == 0 and name not in model.all_tied_weights_keys:
-            weights[name] = tensor.cpu()
+    model = policy.model.to(dtype_of(args))
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=whole)
+    for name in model.all_tied_weights_keys:
+        weights.pop(name, None)
 
     def write(part):
         """The whole folder; what an earlier start left of it goes."""
@@ -1481,8 +1480,8 @@ def prove_policy(policy, example, args):
     cache, offset, first = read_prompts(policy, prompts)
     ids = batch["input_ids"][:, -width:]  # (2, W)
     later = policy.model(**inputs_behind(cache, ids, batch["attention_mask"], offset)).logits
-    logits = torch.cat([first[:, None], later[:, :-1].float()], 1)  # (2, W, V)
-    cached = logits.log_softmax(-1).gather(2, ids[..., None])[..., 0]  # (2, W)
+    logits = torch.cat([first[:, None], later[:, :-1]], 1)  # (2, W, V)
+    cached = -F.cross_entropy(logits.mT, ids, reduction="none")  # (2, W)
 
     off = {"padded": together - torch.cat(alone), "cached": cached - together}
     off["loss"] = loss + together.mean()
