@@ -112,6 +112,7 @@ class Args(ScoringArgs):
 # ---- benchmarks: published records to our examples
 
 MMBENCH = "opencompass.openxlab.space/utils/benchmarks/MMBench/MMBench_DEV_EN_V11.tsv"
+NOT_AS_PUBLISHED = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 STEPS = "visualprocessbench"  # a test of the PRM; the others ask the policies
 
 
@@ -258,7 +259,7 @@ def published_rows(name, folder):
             hub = load_dataset(benchmark.source, split=benchmark.split, streaming=True)
             for row in hub.decode(False):  # images stay {"bytes", "path"}
                 yield folder, row
-    except (OSError, ValueError) as error:
+    except (OSError, *NOT_AS_PUBLISHED) as error:
         source = ", ".join(map(str, files)) or benchmark.source
         raise InputError(
             f"{source} cannot be read ({error!r}); put {benchmark.files} "
@@ -296,7 +297,6 @@ def make_benchmark(name, folder) -> Path:
     if rank() == 0 and published_files(name, folder):
         listed.unlink(missing_ok=True)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    wrong = (InputError, LookupError, TypeError, ValueError, AttributeError)
 
     def write(part):
         """Write the examples, and then the list of records that are none."""
@@ -313,7 +313,7 @@ def make_benchmark(name, folder) -> Path:
                         raise ValueError(problem or f"id {example['id']} is there already")
                     read_image({"image": folder / image, "where": where})
                     examples[example["id"]] = example
-            except wrong as error:
+            except (InputError, *NOT_AS_PUBLISHED) as error:
                 left_out.append({"record": where, "reason": repr(error)})
         if 10 * len(left_out) > count:
             first = " is not as published: ".join(left_out[0].values())

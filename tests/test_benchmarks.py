@@ -243,6 +243,21 @@ def test_one_bad_record_of_thirty_is_left_out_and_listed(tmp_path, change, reaso
     assert made("mathvista", folder) == got and left_out(folder) == (reasons, 30)
 
 
+@pytest.mark.parametrize(
+    "name, file, text",
+    [
+        ("mmbench_r", "MMBench_DEV_EN_V11.tsv", "<html>\n<body>404</body>\n"),
+        ("mathvista", "testmini.json", "7"),
+        ("mathvista", "testmini.json", '{"1": 7}'),
+        ("mathvista", "testmini.json", "[" * 100_000),
+    ],
+)
+def test_a_file_that_is_something_else_is_refused_by_name(tmp_path, name, file, text):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(common.InputError, match=f"{file} cannot be read .*; put .* into "):
+        evaluate.make_benchmark(name, tmp_path)
+
+
 def test_four_bad_records_of_thirty_refuse_the_set_and_the_first_is_named(tmp_path):
     rows = [vista(str(pid), "Is it?", "No", "text", ["Yes", "No"]) for pid in range(30)]
     for pid in (7, 8, 9):
