@@ -196,21 +196,24 @@ def is_step(step) -> bool:
 
 def read_labels(known, tokenizer, args, part):
     """Phase: the usable records of --labels; raises InputError if more than a tenth is not."""
+    unusable = []  # their lines
 
     def rows():
-        """The row of every record, or None."""
-        for record in stream_jsonl(args.labels):
-            yield outside_row(record, known, tokenizer, args)
+        """The rows of the usable ones."""
+        for number, record in enumerate(stream_jsonl(args.labels), 1):
+            row = outside_row(record, known, tokenizer, args)
+            if row:
+                yield row
+            else:
+                unusable.append(number)
 
-    write_jsonl(part, filter(None, rows()))
+    write_jsonl(part, rows())
     total = len(Lines(args.labels))
-    unusable = total - len(Lines(part))
-    if unusable > total / 10:
-        first = list(rows()).index(None) + 1
+    if len(unusable) > total / 10:
         raise InputError(
-            f"{args.labels} line {first}, and {unusable} of {total} in all, cannot be used: needs "
-            "a question and an image that is there, or the id of a prompt of --data, and "
-            "steps_with_score with texts that are not empty and scores from 0 to 1"
+            f"{args.labels} line {unusable[0]}, and {len(unusable)} of {total} in all, cannot be "
+            "used: needs a question and an image that is there, or the id of a prompt of --data, "
+            "and steps_with_score with texts that are not empty and scores from 0 to 1"
         )
 
 

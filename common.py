@@ -53,6 +53,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
@@ -168,10 +169,10 @@ def check_ranges(args):
             if type(number) in (int, float) and not low < number <= most:
                 raise InputError(f"--{item.name}: {number} is not above {low} and at most {most}")
     for name in ("processor", "chat_template_kwargs"):
+        value = getattr(args, name)
         try:
-            dict(json.loads(getattr(args, name)))
+            dict(json.loads(value))
         except (ValueError, TypeError, RecursionError):
-            value = getattr(args, name)
             raise InputError(f"--{name} must be a JSON object, found {value}") from None
 
 
@@ -1074,8 +1075,10 @@ def encode_prompts(policy, examples, args) -> dict[str, torch.Tensor]:
     how = {"tokenize": True, "return_dict": True, "processor_kwargs": padding}
     batch = dict(ask(policy.processor, examples, args, **how))
     batch.pop("labels", None)  # PaliGemma's, of the prompt
-    batch = {name: x.to(policy.model.device) for name, x in batch.items()}
-    return {name: x.to(dtype_of(args)) if x.is_floating_point() else x for name, x in batch.items()}
+    for name, x in batch.items():
+        dtype = dtype_of(args) if x.is_floating_point() else x.dtype
+        batch[name] = x.to(policy.model.device, dtype)
+    return batch
 
 
 def prompt_length(processor, args, example):
@@ -1107,7 +1110,7 @@ def fitting(out, folder, args, *files) -> list[list[dict]]:
     def produce(chunk):
         """The lengths of a chunk."""
         workers = min(cores, len(chunk) // 32)  # a few are not worth a process
-        counts = torch.utils.data.DataLoader(chunk, num_workers=workers, **how)
+        counts = DataLoader(chunk, num_workers=workers, **how)
         for example, count in zip(chunk, counts):
             if isinstance(count, str):
                 raise InputError(count)
@@ -1398,10 +1401,15 @@ class Sampler:
             for i, example in enumerate(chunk):
                 groups.append([])
                 for k, response in enumerate(responses[i]):
-                    row = {"id": example["id"], "iteration": iteration, "sample": k}
-                    row |= {"seed": seeds[i][k], "temperature": heat[i]}
-                    row |= {"prefix_length": len(begun[i])} | check(response, example)
-                    groups[-1].append(row)
+                    row = {
+                        "id": example["id"],
+                        "iteration": iteration,
+                        "sample": k,
+                        "seed": seeds[i][k],
+                        "temperature": heat[i],
+                        "prefix_length": len(begun[i]),
+                    }
+                    groups[-1].append(row | check(response, example))
             if self.prm:
                 self.score(groups, chunk, right_only)
             return itertools.chain(*groups)
@@ -1870,8 +1878,7 @@ def epoch_batches(n, size, steps, *key) -> list[list[int]]:
     batches, epoch = [], 0
     while len(batches) < steps:
         draws = torch.Generator().manual_seed(seed_of(*key, epoch))
-        order = torch.randperm(n, generator=draws).tolist()
-        batches += [order[start : start + size] for start in range(0, n, size)]
+        batches += BatchSampler(RandomSampler(range(n), generator=draws), size, drop_last=False)
         epoch += 1
     return batches[:steps]
 
