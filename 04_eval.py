@@ -21,6 +21,7 @@ its verdicts on the steps of other models' responses against human ones.
 """
 
 import base64
+import fcntl
 import hashlib
 import json
 import os
@@ -68,6 +69,7 @@ from common import (
     top_k,
     user_text,
     vote,
+    wait_for_ranks,
     write_atomic,
     write_chunks,
     write_json,
@@ -290,43 +292,48 @@ def save_image(cell, beside, folder):
 def make_benchmark(name, folder) -> Path:
     """Turn a benchmark's published records into image files and examples, <folder>/examples.jsonl.
 
-    A record that cannot be used is left out and listed in left_out.json; raises InputError if that
-    is more than a tenth of them. Made anew at every start (seconds) while the files are there.
+    Made anew at every start (seconds) while the files are there, by one evaluation at a time.
     """
-    listed, benchmark = folder / "left_out.json", BENCHMARKS[name]
-    if rank() == 0 and published_files(name, folder):
-        listed.unlink(missing_ok=True)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-
-    def write(part):
-        """Write the examples, and then the list of records that are none."""
-        examples, left_out, count = {}, [], 0
-        for beside, row in published_rows(name, folder):
-            count += 1
-            where = f"{name} record {count}"
-            try:
-                if example := benchmark.load({"row": count - 1, **row}):
-                    image = save_image(row.get("decoded_image") or row["image"], beside, folder)
-                    example |= {"id": f"{name}-{example['id']}", "image": image, "source": name}
-                    problem = problem_of(example, False)
-                    if problem or example["id"] in examples:
-                        raise ValueError(problem or f"id {example['id']} is there already")
-                    read_image({"image": folder / image, "where": where})
-                    examples[example["id"]] = example
-            except (InputError, *NOT_AS_PUBLISHED) as error:
-                left_out.append({"record": where, "reason": repr(error)})
-        if 10 * len(left_out) > count:
-            first = " is not as published: ".join(left_out[0].values())
-            raise InputError(
-                f"{len(left_out)} of {count} records of {folder} cannot be used, more than a "
-                f"tenth; {first}; put the files there as they are published"
-            )
-        write_jsonl(folder / "examples.jsonl", examples.values())
-        share = len(left_out) / max(count, 1)
-        write_json(part, {"records": count, "share": share, "left_out": left_out})
-
-    once(listed, write)
+    if rank() == 0 and (published_files(name, folder) or not (folder / "left_out.json").exists()):
+        with open(folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            convert(name, folder)
+    wait_for_ranks()
     return folder / "examples.jsonl"
+
+
+def convert(name, folder):
+    """Write the examples of a benchmark, and then the list of records that are none, left_out.json.
+
+    Raises InputError if those are more than a tenth.
+    """
+    examples, left_out, count = {}, [], 0
+    for beside, row in published_rows(name, folder):
+        count += 1
+        where = f"{name} record {count}"
+        try:
+            if example := BENCHMARKS[name].load({"row": count - 1, **row}):
+                image = save_image(row.get("decoded_image") or row["image"], beside, folder)
+                example |= {"id": f"{name}-{example['id']}", "image": image, "source": name}
+                problem = problem_of(example, False)
+                if problem or example["id"] in examples:
+                    raise ValueError(problem or f"id {example['id']} is there already")
+                read_image({"image": folder / image, "where": where})
+                examples[example["id"]] = example
+        except (InputError, *NOT_AS_PUBLISHED) as error:
+            left_out.append({"record": where, "reason": repr(error)})
+    if 10 * len(left_out) > count:
+        first = " is not as published: ".join(left_out[0].values())
+        (folder / "left_out.json").unlink(missing_ok=True)
+        raise InputError(
+            f"{len(left_out)} of {count} records of {folder} cannot be used, more than a "
+            f"tenth; {first}; put the files there as they are published"
+        )
+    write_jsonl(folder / "examples.jsonl", examples.values())
+    share = len(left_out) / max(count, 1)
+    found = {"records": count, "share": share, "left_out": left_out}
+    write_json(folder / "left_out.json", found)
 
 
 # ---- figures

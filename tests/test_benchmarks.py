@@ -5,6 +5,8 @@ import io
 import json
 import random
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy
@@ -600,6 +602,21 @@ def test_a_benchmark_without_files_says_what_to_do(tmp_path, monkeypatch):
     says = "MMBench_DEV_EN_V11.tsv cannot be read .*; put .* into .*mmbench_r or name its parent"
     with pytest.raises(common.InputError, match=says):
         evaluate.make_benchmark("mmbench_r", tmp_path / "mmbench_r")
+
+
+def test_two_evaluations_make_a_benchmark_one_after_the_other(tmp_path, monkeypatch):
+    running, most = [], []
+
+    def convert(name, folder):
+        running.append(name)
+        time.sleep(0.05)
+        most.append(len(running))
+        running.pop()
+
+    monkeypatch.setattr(evaluate, "convert", convert)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(evaluate.make_benchmark, ["ai2d"] * 4, [tmp_path] * 4))
+    assert most == [1, 1, 1, 1]
 
 
 def test_a_broken_file_is_refused(tmp_path):
