@@ -177,7 +177,10 @@ def check_ranges(args):
 
 
 def inherit(args, given, stage):
-    """Take the flags of INHERITED that were not given from the stage before, and say so."""
+    """Take the flags of INHERITED that were not given from the stage before, and say so.
+
+    What that was not given itself comes from the run of the policy that it began with.
+    """
     runs = sorted(Path(args.runs).glob("0?_*/run.json"))
     runs = [path for path in runs if path.parent.name < stage]
     if getattr(args, "policy", ""):
@@ -185,6 +188,10 @@ def inherit(args, given, stage):
     found = {}  # of each flag the last stage's
     for path in filter(Path.exists, runs):
         flags = read_json(unchanged(path))["flags"]
+        origin = Path(flags.get("policy") or path).parent / "run.json"
+        if origin.exists():
+            before = read_json(unchanged(origin))["flags"]
+            found |= {name: (then, origin) for name, then in before.items()}
         found |= {name: (then, path) for name, then in flags.items()}
     for name in INHERITED:
         now = getattr(args, name, None)

@@ -503,6 +503,17 @@ def test_a_stage_takes_what_it_is_not_given_from_the_stage_before_and_says_so(tm
     assert first == warmup.Args(runs=given["runs"])
 
 
+def test_the_base_of_a_run_in_another_folder_is_that_of_the_policy_it_began_with(tmp_path):
+    given = {"device": "cpu", "runs": str(tmp_path / "r"), "model": str(tmp_path / "mine")}
+    made = opened(stage("01_warmup").Args(**given))
+    evolving = stage("03_self_evolve").Args(device="cpu", policy=f"{made}/model")
+    evolving.runs = str(tmp_path / "q")
+    common.open_run(evolving, "03_self_evolve", {})
+    later = stage("04_eval").Args(runs=evolving.runs)
+    common.inherit(later, {"runs"}, "04_eval")
+    assert later.model == given["model"]
+
+
 def test_a_second_process_on_one_run_folder_is_refused(tmp_path):
     common.open_run(settings(tmp_path), "01_warmup", {})
     # A second open file counts as another holder.
