@@ -53,7 +53,9 @@ class Args(common.ScoringArgs):
     policy: str = flag(
         "", "policy that is judged and becomes the PRM; empty: the warm-up of --runs"
     )
-    val: str = flag("data/toy/val.jsonl", "prompts on which the PRM is judged, never trained on")
+    val: str = flag(
+        "", "prompts on which the PRM is judged, never trained on; empty: val.jsonl beside --data"
+    )
     prompts: int = flag(1000, "labelled prompts to sample from, drawn by seed")
     samples: int = flag(4, "responses sampled per prompt")
     rollouts: int = flag(4, "completions from every step prefix")
@@ -410,6 +412,7 @@ def score_held_out(out, rows, held, args):
 def main(args):
     """Sample, roll out, label, train, judge."""
     policy = args.policy or Path(args.runs) / "01_warmup" / "model"
+    args.val = args.val or str(Path(args.data).with_name("val.jsonl"))
     inputs = {"data": args.data, "val": args.val, "policy": policy}
     if args.labels:
         inputs["labels"] = args.labels

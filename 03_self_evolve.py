@@ -56,7 +56,9 @@ class Args(common.ScoringArgs):
     data: str = flag("data/toy/train.jsonl", "labelled prompts, JSONL")
     policy: str = flag("", "policy to start from; empty: the warm-up policy of --runs")
     prm: str = flag("", "process reward model; empty: the PRM of --runs")
-    val: str = flag("data/toy/val.jsonl", "fixed validation set: dynamics and temperature search")
+    val: str = flag(
+        "", "set for dynamics and temperature search; empty: 02's, or val.jsonl beside --data"
+    )
     method: Literal["continuous", "iterative_rft", "rest_em", "sft"] = flag(
         "continuous",
         "continuous: one optimisation; iterative_rft: optimizer and schedule begin anew every "
@@ -502,6 +504,7 @@ def main(args):
     """The loop of the paper: generate, select, improve, look, adapt."""
     iterations = check_flags(args)
     start = Path(args.policy or Path(args.runs) / "01_warmup" / "model")
+    args.val = args.val or str(Path(args.data).with_name("val.jsonl"))
     inputs = {"data": args.data, "val": args.val, "policy": start, "prm": first_prm(args)}
     if args.unlabeled != "none":
         inputs["unlabeled"] = args.unlabeled_data

@@ -93,8 +93,8 @@ M_STAR = {  # flags of stage 03 that make a run the paper's method
 class Args(ScoringArgs):
     """Flags of stage 04."""
 
-    test: str = flag("data/toy/test.jsonl", "in-domain test prompts")
-    ood: str = flag("data/toy/ood.jsonl", "out-of-domain test prompts")
+    test: str = flag("", "in-domain test prompts; empty: test.jsonl beside the data of 03")
+    ood: str = flag("", "out-of-domain test prompts; empty: ood.jsonl beside the data of 03")
     benchmarks: list[str] = flag(
         [], "also mathvista, m3cot, mmstar_r, mmbench_r, ai2d, and visualprocessbench for the PRM"
     )
@@ -609,14 +609,17 @@ torch {torch.__version__}, transformers {transformers.__version__}.
 
 def draw_dynamics(evolving, path):
     """The paper's figures: the dynamics over iterations, and Pass@K at fixed temperatures."""
-    metrics, searches = evolving / "metrics.jsonl", evolving / "temperature.jsonl"
-    looks = pd.DataFrame(read_jsonl(metrics)).dropna(subset="pass_at_k").set_index("iteration")
+    looks = (
+        pd.DataFrame(read_jsonl(evolving / "metrics.jsonl"))
+        .dropna(subset="pass_at_k")
+        .set_index("iteration")
+    )
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     shares = looks[["greedy_accuracy", "pass_at_k", "reward_pass_at_2"]]
     shares.plot(ax=left, style="o-", title="Dynamics on validation")
     looks.plot(y="temperature", ax=left, style="k:", drawstyle="steps-mid", secondary_y=True)
-    if searches.exists() and (rows := read_jsonl(searches)):
+    if rows := read_jsonl(evolving / "temperature.jsonl"):
         points = pd.json_normalize(rows, "curve", ["iteration"])
         curves = points.pivot(index="iteration", columns="temperature", values="pass_at_k")
         curves.iloc[:, ::3].plot(ax=right, style="o-", title="Pass@K at fixed temperatures")
@@ -712,7 +715,8 @@ def main(args):
     trained = origin_of(evolving)["flags"]
     if (rule := trained["aggregate"]) != args.aggregate:
         raise InputError(f"stage 03 selected with --aggregate {rule}: give the same flag here")
-    data = {"test": args.test, "ood": args.ood}
+    beside = Path(trained["data"]).with_name
+    data = {"test": args.test or beside("test.jsonl"), "ood": args.ood or beside("ood.jsonl")}
     for name in args.benchmarks:
         data[name] = make_benchmark(name, Path(args.data_root) / name)
     policies = policies_of(runs, trained, args.model)
