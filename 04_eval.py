@@ -21,7 +21,6 @@ its verdicts on the steps of other models' responses against human ones.
 """
 
 import base64
-import fcntl
 import hashlib
 import json
 import os
@@ -43,6 +42,7 @@ from common import (
     InputError,
     Sampler,
     ScoringArgs,
+    alone,
     by_id_of,
     by_prompt,
     distinct,
@@ -294,10 +294,9 @@ def make_benchmark(name, folder) -> Path:
 
     Made anew at every start (seconds) while the files are there, by one evaluation at a time.
     """
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    if rank() == 0 and (published_files(name, folder) or not (folder / "left_out.json").exists()):
-        with open(folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(folder):
+        there = (folder / "left_out.json").exists() and not published_files(name, folder)
+        if rank() == 0 and not there:
             convert(name, folder)
     wait_for_ranks()
     return folder / "examples.jsonl"
@@ -308,6 +307,7 @@ def convert(name, folder):
 
     Raises InputError if those are more than a tenth.
     """
+    (folder / "images").mkdir(exist_ok=True)
     examples, left_out, count = {}, [], 0
     for beside, row in published_rows(name, folder):
         count += 1

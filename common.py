@@ -320,6 +320,16 @@ def once(path, write):
     wait_for_ranks()
 
 
+@contextmanager
+def alone(folder):
+    """Hold a data folder against other runs that make files in it; they wait, until `with` ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as lock:
+        if rank() == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def is_made(path) -> bool:
     """Whether the output of a phase is there, `unchanged`, as all ranks see it."""
     path = Path(path)

@@ -732,6 +732,7 @@ def test_evaluation_on_benchmarks_writes_every_verdict_and_every_table(tmp_path,
     look = {"iteration": 0, "temperature": 1.0, "greedy_accuracy": 1}
     look |= {"pass_at_k": 1, "reward_pass_at_2": 1}
     common.write_jsonl(runs / "03_self_evolve/metrics.jsonl", [look])
+    common.write_jsonl(runs / "03_self_evolve/temperature.jsonl", [])
     tsv(tmp_path / "data/mmbench_r", MMBENCH)
     vistas = [*VISTA, *[{**VISTA[1], "pid": str(pid)} for pid in range(10, 20)]]
     vistas[9]["answer"] = "seven"
