@@ -186,7 +186,11 @@ def test_an_answer_is_read_as_its_record_says(answer, fields, form):
 
 @pytest.mark.parametrize(
     "name, files",
-    [("02_train_prm", ["val"]), ("03_self_evolve", ["val"]), ("04_eval", ["test", "ood"])],
+    [
+        ("02_train_prm", ["val"]),
+        ("03_self_evolve", ["val", "unlabeled"]),
+        ("04_eval", ["test", "ood"]),
+    ],
 )
 def test_prompts_to_judge_by_lie_beside_those_that_are_trained_on(monkeypatch, name, files):
     """Not in data/toy, where they would be other prompts than the run's."""
@@ -201,7 +205,7 @@ def test_prompts_to_judge_by_lie_beside_those_that_are_trained_on(monkeypatch, n
         monkeypatch.setattr(owner, "open_run", open_run, raising=False)
     monkeypatch.setattr(module, "origin_of", lambda folder: {"flags": flags}, raising=False)
     args = module.Args()
-    args.data = flags["data"]
+    args.data, args.unlabeled = flags["data"], "vote"
     with pytest.raises(common.InputError, match="seen"):
         module.main(args)
     assert [str(opened[file]) for file in files] == [f"mine/{file}.jsonl" for file in files]
