@@ -224,8 +224,8 @@ def read_labels(known, tokenizer, args, part):
 
 def prompt_of(row) -> dict:
     """The prompt of a row of steps.jsonl as an example: its text holds choices and instruction."""
-    where = f"steps.jsonl, prompt {row['id']}"
-    return {"where": where, "image": row["image"], "question": row["prompt"], "choices": None}
+    example = {"id": row["id"], "where": f"steps.jsonl, prompt {row['id']}", "choices": None}
+    return example | {"image": row["image"], "question": row["prompt"]}
 
 
 def prm_loss(prm, rows, args) -> tuple[torch.Tensor, int]:
@@ -340,6 +340,10 @@ def make_prm(out, policy, args):
 
     # Train: the PRM f starts from the policy
     rows = Lines(out / "steps.jsonl")
+    bare = replace(args, instruction="")  # which stands in the prompts of the rows
+    if args.labels:  # an image that cannot be read shows now, not in the middle
+        prompts = {row["id"]: prompt_of(row) for row in rows}
+        common.fitting(out / "labels", policy, bare, list(prompts.values()))
     held = [i for i, row in enumerate(rows) if row["held_out"]]
     fit = sorted(set(range(len(rows))) - set(held))
     if not held or not fit:
@@ -350,7 +354,6 @@ def make_prm(out, policy, args):
     steps = -(-len(fit) // args.batch_size) * args.epochs
     order = common.epoch_batches(len(fit), args.batch_size, steps, args.seed, "prm")
     batches = [[fit[i] for i in batch] for batch in order]
-    bare = replace(args, instruction="")  # which stands in the prompts of the rows
     model, work = out / "model", out / "training"
     how = (partial(prm_loss, args=bare), step_count, args, "02 train")
     trained = common.train(model, policy, work, batches, rows, *how, marks=marks)
