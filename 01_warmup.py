@@ -146,8 +146,9 @@ def split_mathv360k(root: Path, seed: int) -> Path:
     Raises InputError if the ones that are there are of another file, seed or sizes.
     """
     source, report = root / "train_samples_all_tuning.json", root / "split.json"
-    if not common.is_there(source):
-        once(source, fetch_mathv360k)
+    with common.alone(root):
+        if not common.is_there(source):
+            once(source, fetch_mathv360k)
     made = {"seed": seed, "source": common.digest(source), "held_out": HELD_OUT}
 
     def write(part):
@@ -161,7 +162,8 @@ def split_mathv360k(root: Path, seed: int) -> Path:
             left_out["of an image in test or val"] -= len(rows)
         write_json(part, made | counts)
 
-    once(report, write)
+    with common.alone(root):
+        once(report, write)
     old = json.loads(report.read_text())
     for name, value in made.items():
         if old[name] != value:

@@ -53,7 +53,9 @@ class Args(common.ScoringArgs):
     policy: str = flag(
         "", "policy that is judged and becomes the PRM; empty: the warm-up of --runs"
     )
-    val: str = flag("data/toy/val.jsonl", "prompts on which the PRM is judged, never trained on")
+    val: str = flag(
+        "", "prompts on which the PRM is judged, never trained on; empty: val.jsonl beside --data"
+    )
     prompts: int = flag(1000, "labelled prompts to sample from, drawn by seed")
     samples: int = flag(4, "responses sampled per prompt")
     rollouts: int = flag(4, "completions from every step prefix")
@@ -196,21 +198,24 @@ def is_step(step) -> bool:
 
 def read_labels(known, tokenizer, args, part):
     """Phase: the usable records of --labels; raises InputError if more than a tenth is not."""
+    unusable = []  # their lines
 
     def rows():
-        """The row of every record, or None."""
-        for record in stream_jsonl(args.labels):
-            yield outside_row(record, known, tokenizer, args)
+        """The rows of the usable ones."""
+        for number, record in enumerate(stream_jsonl(args.labels), 1):
+            row = outside_row(record, known, tokenizer, args)
+            if row:
+                yield row
+            else:
+                unusable.append(number)
 
-    write_jsonl(part, filter(None, rows()))
+    write_jsonl(part, rows())
     total = len(Lines(args.labels))
-    unusable = total - len(Lines(part))
-    if unusable > total / 10:
-        first = list(rows()).index(None) + 1
+    if len(unusable) > total / 10:
         raise InputError(
-            f"{args.labels} line {first}, and {unusable} of {total} in all, cannot be used: needs "
-            "a question and an image that is there, or the id of a prompt of --data, and "
-            "steps_with_score with texts that are not empty and scores from 0 to 1"
+            f"{args.labels} line {unusable[0]}, and {len(unusable)} of {total} in all, cannot be "
+            "used: needs a question and an image that is there, or the id of a prompt of --data, "
+            "and steps_with_score with texts that are not empty and scores from 0 to 1"
         )
 
 
@@ -219,8 +224,8 @@ def read_labels(known, tokenizer, args, part):
 
 def prompt_of(row) -> dict:
     """The prompt of a row of steps.jsonl as an example: its text holds choices and instruction."""
-    where = f"steps.jsonl, prompt {row['id']}"
-    return {"where": where, "image": row["image"], "question": row["prompt"], "choices": None}
+    example = {"id": row["id"], "where": f"steps.jsonl, prompt {row['id']}", "choices": None}
+    return example | {"image": row["image"], "question": row["prompt"]}
 
 
 def prm_loss(prm, rows, args) -> tuple[torch.Tensor, int]:
@@ -335,6 +340,10 @@ def make_prm(out, policy, args):
 
     # Train: the PRM f starts from the policy
     rows = Lines(out / "steps.jsonl")
+    bare = replace(args, instruction="")  # which stands in the prompts of the rows
+    if args.labels:  # an image that cannot be read shows now, not in the middle
+        prompts = {row["id"]: prompt_of(row) for row in rows}
+        common.fitting(out / "labels", policy, bare, list(prompts.values()))
     held = [i for i, row in enumerate(rows) if row["held_out"]]
     fit = sorted(set(range(len(rows))) - set(held))
     if not held or not fit:
@@ -345,7 +354,6 @@ def make_prm(out, policy, args):
     steps = -(-len(fit) // args.batch_size) * args.epochs
     order = common.epoch_batches(len(fit), args.batch_size, steps, args.seed, "prm")
     batches = [[fit[i] for i in batch] for batch in order]
-    bare = replace(args, instruction="")  # which stands in the prompts of the rows
     model, work = out / "model", out / "training"
     how = (partial(prm_loss, args=bare), step_count, args, "02 train")
     trained = common.train(model, policy, work, batches, rows, *how, marks=marks)
@@ -372,8 +380,8 @@ def label_rollouts(out, policy, examples, by_id, tokenizer, args):
         sampler.sample(samples, examples, args.samples, args.temperature, "prm")
         once(prefixes, partial(cut, samples, tokenizer))
         begun = [by_id[row["id"]] for row in stream_jsonl(prefixes)]
-        n, heat, ids = args.rollouts, args.rollout_temperature, Lines(prefixes, "token_ids")
-        sampler.sample(rollouts, begun, n, heat, "rollout", prefixes=ids)
+        n, heat = args.rollouts, args.rollout_temperature
+        sampler.sample(rollouts, begun, n, heat, "rollout", prefixes=Lines(prefixes))
     both = stream_jsonl(samples), stream_jsonl(rollouts)
     rows = labelled_responses(*both, by_id, tokenizer, args)
     once(out / "steps.jsonl", lambda part: write_jsonl(part, rows))
@@ -407,6 +415,7 @@ def score_held_out(out, rows, held, args):
 def main(args):
     """Sample, roll out, label, train, judge."""
     policy = args.policy or Path(args.runs) / "01_warmup" / "model"
+    args.val = args.val or str(Path(args.data).with_name("val.jsonl"))
     inputs = {"data": args.data, "val": args.val, "policy": policy}
     if args.labels:
         inputs["labels"] = args.labels

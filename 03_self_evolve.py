@@ -56,7 +56,9 @@ class Args(common.ScoringArgs):
     data: str = flag("data/toy/train.jsonl", "labelled prompts, JSONL")
     policy: str = flag("", "policy to start from; empty: the warm-up policy of --runs")
     prm: str = flag("", "process reward model; empty: the PRM of --runs")
-    val: str = flag("data/toy/val.jsonl", "fixed validation set: dynamics and temperature search")
+    val: str = flag(
+        "", "set for dynamics and temperature search; empty: 02's, or val.jsonl beside --data"
+    )
     method: Literal["continuous", "iterative_rft", "rest_em", "sft"] = flag(
         "continuous",
         "continuous: one optimisation; iterative_rft: optimizer and schedule begin anew every "
@@ -73,7 +75,9 @@ class Args(common.ScoringArgs):
     unlabeled: Literal["none", "oracle", "vote"] = flag(
         "none", "unlabelled prompts; oracle: with true answers; vote: with pseudo-labels"
     )
-    unlabeled_data: str = flag("data/toy/unlabeled.jsonl", "only oracle reads their answers")
+    unlabeled_data: str = flag(
+        "", "only oracle reads their answers; empty: unlabeled.jsonl beside --data"
+    )
     mixin: float = flag(
         0.0, "T_mixin: share of training after which half of the prompts are unlabelled", above=-1
     )
@@ -502,6 +506,9 @@ def main(args):
     """The loop of the paper: generate, select, improve, look, adapt."""
     iterations = check_flags(args)
     start = Path(args.policy or Path(args.runs) / "01_warmup" / "model")
+    beside = Path(args.data).with_name
+    args.val = args.val or str(beside("val.jsonl"))
+    args.unlabeled_data = args.unlabeled_data or str(beside("unlabeled.jsonl"))
     inputs = {"data": args.data, "val": args.val, "policy": start, "prm": first_prm(args)}
     if args.unlabeled != "none":
         inputs["unlabeled"] = args.unlabeled_data

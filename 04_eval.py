@@ -42,6 +42,7 @@ from common import (
     InputError,
     Sampler,
     ScoringArgs,
+    alone,
     by_id_of,
     by_prompt,
     distinct,
@@ -68,6 +69,7 @@ from common import (
     top_k,
     user_text,
     vote,
+    wait_for_ranks,
     write_atomic,
     write_chunks,
     write_json,
@@ -91,8 +93,8 @@ M_STAR = {  # flags of stage 03 that make a run the paper's method
 class Args(ScoringArgs):
     """Flags of stage 04."""
 
-    test: str = flag("data/toy/test.jsonl", "in-domain test prompts")
-    ood: str = flag("data/toy/ood.jsonl", "out-of-domain test prompts")
+    test: str = flag("", "in-domain test prompts; empty: test.jsonl beside the data of 03")
+    ood: str = flag("", "out-of-domain test prompts; empty: ood.jsonl beside the data of 03")
     benchmarks: list[str] = flag(
         [], "also mathvista, m3cot, mmstar_r, mmbench_r, ai2d, and visualprocessbench for the PRM"
     )
@@ -112,6 +114,7 @@ class Args(ScoringArgs):
 # ---- benchmarks: published records to our examples
 
 MMBENCH = "opencompass.openxlab.space/utils/benchmarks/MMBench/MMBench_DEV_EN_V11.tsv"
+NOT_AS_PUBLISHED = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 STEPS = "visualprocessbench"  # a test of the PRM; the others ask the policies
 
 
@@ -258,7 +261,7 @@ def published_rows(name, folder):
             hub = load_dataset(benchmark.source, split=benchmark.split, streaming=True)
             for row in hub.decode(False):  # images stay {"bytes", "path"}
                 yield folder, row
-    except (OSError, ValueError) as error:
+    except (OSError, *NOT_AS_PUBLISHED) as error:
         source = ", ".join(map(str, files)) or benchmark.source
         raise InputError(
             f"{source} cannot be read ({error!r}); put {benchmark.files} "
@@ -289,44 +292,48 @@ def save_image(cell, beside, folder):
 def make_benchmark(name, folder) -> Path:
     """Turn a benchmark's published records into image files and examples, <folder>/examples.jsonl.
 
-    A record that cannot be used is left out and listed in left_out.json; raises InputError if that
-    is more than a tenth of them. Made anew at every start (seconds) while the files are there.
+    Made anew at every start (seconds) while the files are there, by one evaluation at a time.
     """
-    listed, benchmark = folder / "left_out.json", BENCHMARKS[name]
-    if rank() == 0 and published_files(name, folder):
-        listed.unlink(missing_ok=True)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    wrong = (InputError, LookupError, TypeError, ValueError, AttributeError)
-
-    def write(part):
-        """Write the examples, and then the list of records that are none."""
-        examples, left_out, count = {}, [], 0
-        for beside, row in published_rows(name, folder):
-            count += 1
-            where = f"{name} record {count}"
-            try:
-                if example := benchmark.load({"row": count - 1, **row}):
-                    image = save_image(row.get("decoded_image") or row["image"], beside, folder)
-                    example |= {"id": f"{name}-{example['id']}", "image": image, "source": name}
-                    problem = problem_of(example, False)
-                    if problem or example["id"] in examples:
-                        raise ValueError(problem or f"id {example['id']} is there already")
-                    read_image({"image": folder / image, "where": where})
-                    examples[example["id"]] = example
-            except wrong as error:
-                left_out.append({"record": where, "reason": repr(error)})
-        if 10 * len(left_out) > count:
-            first = " is not as published: ".join(left_out[0].values())
-            raise InputError(
-                f"{len(left_out)} of {count} records of {folder} cannot be used, more than a "
-                f"tenth; {first}; put the files there as they are published"
-            )
-        write_jsonl(folder / "examples.jsonl", examples.values())
-        share = len(left_out) / max(count, 1)
-        write_json(part, {"records": count, "share": share, "left_out": left_out})
-
-    once(listed, write)
+    with alone(folder):
+        there = (folder / "left_out.json").exists() and not published_files(name, folder)
+        if rank() == 0 and not there:
+            convert(name, folder)
+    wait_for_ranks()
     return folder / "examples.jsonl"
+
+
+def convert(name, folder):
+    """Write the examples of a benchmark, and then the list of records that are none, left_out.json.
+
+    Raises InputError if those are more than a tenth.
+    """
+    (folder / "images").mkdir(exist_ok=True)
+    examples, left_out, count = {}, [], 0
+    for beside, row in published_rows(name, folder):
+        count += 1
+        where = f"{name} record {count}"
+        try:
+            if example := BENCHMARKS[name].load({"row": count - 1, **row}):
+                image = save_image(row.get("decoded_image") or row["image"], beside, folder)
+                example |= {"id": f"{name}-{example['id']}", "image": image, "source": name}
+                problem = problem_of(example, False)
+                if problem or example["id"] in examples:
+                    raise ValueError(problem or f"id {example['id']} is there already")
+                read_image({"image": folder / image, "where": where})
+                examples[example["id"]] = example
+        except (InputError, *NOT_AS_PUBLISHED) as error:
+            left_out.append({"record": where, "reason": repr(error)})
+    if 10 * len(left_out) > count:
+        first = " is not as published: ".join(left_out[0].values())
+        (folder / "left_out.json").unlink(missing_ok=True)
+        raise InputError(
+            f"{len(left_out)} of {count} records of {folder} cannot be used, more than a "
+            f"tenth; {first}; put the files there as they are published"
+        )
+    write_jsonl(folder / "examples.jsonl", examples.values())
+    share = len(left_out) / max(count, 1)
+    found = {"records": count, "share": share, "left_out": left_out}
+    write_json(folder / "left_out.json", found)
 
 
 # ---- figures
@@ -602,14 +609,17 @@ torch {torch.__version__}, transformers {transformers.__version__}.
 
 def draw_dynamics(evolving, path):
     """The paper's figures: the dynamics over iterations, and Pass@K at fixed temperatures."""
-    metrics, searches = evolving / "metrics.jsonl", evolving / "temperature.jsonl"
-    looks = pd.DataFrame(read_jsonl(metrics)).dropna(subset="pass_at_k").set_index("iteration")
+    looks = (
+        pd.DataFrame(read_jsonl(evolving / "metrics.jsonl"))
+        .dropna(subset="pass_at_k")
+        .set_index("iteration")
+    )
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     shares = looks[["greedy_accuracy", "pass_at_k", "reward_pass_at_2"]]
     shares.plot(ax=left, style="o-", title="Dynamics on validation")
     looks.plot(y="temperature", ax=left, style="k:", drawstyle="steps-mid", secondary_y=True)
-    if searches.exists() and (rows := read_jsonl(searches)):
+    if rows := read_jsonl(evolving / "temperature.jsonl"):
         points = pd.json_normalize(rows, "curve", ["iteration"])
         curves = points.pivot(index="iteration", columns="temperature", values="pass_at_k")
         curves.iloc[:, ::3].plot(ax=right, style="o-", title="Pass@K at fixed temperatures")
@@ -705,7 +715,8 @@ def main(args):
     trained = origin_of(evolving)["flags"]
     if (rule := trained["aggregate"]) != args.aggregate:
         raise InputError(f"stage 03 selected with --aggregate {rule}: give the same flag here")
-    data = {"test": args.test, "ood": args.ood}
+    beside = Path(trained["data"]).with_name
+    data = {"test": args.test or beside("test.jsonl"), "ood": args.ood or beside("ood.jsonl")}
     for name in args.benchmarks:
         data[name] = make_benchmark(name, Path(args.data_root) / name)
     policies = policies_of(runs, trained, args.model)

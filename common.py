@@ -49,12 +49,13 @@ from huggingface_hub.errors import StrictDataclassError  # of a config.json
 from jinja2 import TemplateError  # comes with transformers, for chat templates
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
-from transformers.cache_utils import DynamicLayer
 
 if "__mp_main__" in sys.modules and sys.platform == "linux":
     # This is a process of vLLM, which reads the script again. PR_SET_PDEATHSIG: a killed stage
@@ -168,24 +169,34 @@ def check_ranges(args):
             if type(number) in (int, float) and not low < number <= most:
                 raise InputError(f"--{item.name}: {number} is not above {low} and at most {most}")
     for name in ("processor", "chat_template_kwargs"):
+        value = getattr(args, name)
         try:
-            dict(json.loads(getattr(args, name)))
+            dict(json.loads(value))
         except (ValueError, TypeError, RecursionError):
-            value = getattr(args, name)
             raise InputError(f"--{name} must be a JSON object, found {value}") from None
 
 
 def inherit(args, given, stage):
-    """Take the flags of INHERITED that were not given from the stage before, and say so."""
-    runs = sorted(Path(args.runs).glob("0?_*/run.json"), reverse=True)
+    """Take the flags of INHERITED that were not given from the stage before, and say so.
+
+    What that was not given itself comes from the run of the policy that it began with.
+    """
+    runs = sorted(Path(args.runs).glob("0?_*/run.json"))
     runs = [path for path in runs if path.parent.name < stage]
     if getattr(args, "policy", ""):
-        runs.insert(0, Path(args.policy).parent / "run.json")
-    earlier = [(path, read_json(unchanged(path))["flags"]) for path in runs if path.exists()]
+        runs.append(Path(args.policy).parent / "run.json")
+    found = {}  # of each flag the last stage's
+    for path in filter(Path.exists, runs):
+        flags = read_json(unchanged(path))["flags"]
+        origin = Path(flags.get("policy") or path).parent / "run.json"
+        if origin.exists():
+            before = read_json(unchanged(origin))["flags"]
+            found |= {name: (then, origin) for name, then in before.items()}
+        found |= {name: (then, path) for name, then in flags.items()}
     for name in INHERITED:
-        path, flags = next((pair for pair in earlier if name in pair[1]), (None, {}))
-        then, now = flags.get(name), getattr(args, name, None)
-        if then is None or now is None or then == now:
+        now = getattr(args, name, None)
+        then, path = found.get(name, (now, None))
+        if now is None or then == now:
             continue
         if name in given:
             print(f"--{name} is {now!r}, another than {then!r} in {path}")
@@ -246,16 +257,15 @@ def join_ranks(device):
     """
     if dist.is_initialized():
         return
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if not match:
         raise InputError(f"--device must be cpu, cuda or cuda:N, found {device}")
-    kind, _, number = device.partition(":")
-    if number and "RANK" in os.environ:
+    if match[1] and "RANK" in os.environ:
         raise InputError("--device: give cuda under torchrun; each rank takes its own GPU")
     backend = "gloo"
-    if kind == "cuda":
+    if device != "cpu":
         backend = "cpu:gloo,cuda:nccl"
-        number = int(number or os.environ.get("LOCAL_RANK", 0))
-        count = torch.cuda.device_count()
+        number, count = int(match[1] or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if number >= count:
             raise InputError(f"--device {device}: GPU {number} is asked for, torch sees {count}")
         torch.cuda.set_device(number)
@@ -308,6 +318,16 @@ def once(path, write):
         os.replace(part, path)
         seal(path)
     wait_for_ranks()
+
+
+@contextmanager
+def alone(folder):
+    """Hold a data folder against other runs that make files in it; they wait, until `with` ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as lock:
+        if rank() == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def is_made(path) -> bool:
@@ -375,14 +395,10 @@ def read_json(path) -> dict:
 
 
 class Lines:
-    """The rows of a JSONL file by number, read when asked for: only their places are in memory.
+    """The rows of a JSONL file by number, read when asked for: only their places are in memory."""
 
-    field: give that field of a row in place of the row.
-    """
-
-    def __init__(self, path, field=None):
+    def __init__(self, path):
         self.file = open(path, "rb")
-        self.field = field
         self.starts = array("q", itertools.accumulate(map(len, self.file), initial=0))
 
     def __len__(self):
@@ -392,8 +408,7 @@ class Lines:
         if not 0 <= place < len(self):
             raise IndexError(place)
         self.file.seek(self.starts[place])
-        row = json.loads(self.file.readline())
-        return row if self.field is None else row[self.field]
+        return json.loads(self.file.readline())
 
 
 def by_prompt(rows):
@@ -532,12 +547,11 @@ def refuse_other_settings(out, now):
     if not (out / "run.json").exists():
         raise InputError(f"{out} holds files but no run.json; choose another --runs")
     then, changed = read_json(unchanged(out / "run.json")), []
-    for kind in ("flags", "inputs"):
+    for kind, mine in now.items():
         old = then[kind]
-        for name in old | now[kind]:
-            was, wanted = old.get(name), now[kind].get(name)
-            if was != wanted:
-                changed.append(f"{kind[:-1]} {name} was {was!r}, now {wanted!r}")
+        for name in old | mine:
+            if old.get(name) != mine.get(name):
+                changed.append(f"{kind[:-1]} {name} was {old.get(name)!r}, now {mine.get(name)!r}")
     if changed:
         changes = "; ".join(changed)
         raise InputError(f"{out} was made otherwise: {changes}. Delete it or choose another --runs")
@@ -995,12 +1009,11 @@ def save_policy(policy, path, args):
     The model is in that dtype afterwards. Weights that FSDP2 shards are gathered one by one on
     rank 0's CPU.
     """
-    model, weights = policy.model.to(dtype_of(args)), {}
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        if rank() == 0 and name not in model.all_tied_weights_keys:
-            weights[name] = tensor.cpu()
+    model = policy.model.to(dtype_of(args))
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=whole)
+    for name in model.all_tied_weights_keys:
+        weights.pop(name, None)
 
     def write(part):
         """The whole folder; what an earlier start left of it goes."""
@@ -1079,29 +1092,21 @@ def encode_prompts(policy, examples, args) -> dict[str, torch.Tensor]:
     how = {"tokenize": True, "return_dict": True, "processor_kwargs": padding}
     batch = dict(ask(policy.processor, examples, args, **how))
     batch.pop("labels", None)  # PaliGemma's, of the prompt
-    batch = {name: x.to(policy.model.device) for name, x in batch.items()}
-    return {name: x.to(dtype_of(args)) if x.is_floating_point() else x for name, x in batch.items()}
+    for name, x in batch.items():
+        dtype = dtype_of(args) if x.is_floating_point() else x.dtype
+        batch[name] = x.to(policy.model.device, dtype)
+    return batch
 
 
-class PromptLengths(torch.utils.data.Dataset):
-    """How many tokens the prompt of each example has, or why it cannot be read, as a text."""
-
-    def __init__(self, processor, examples, args):
-        self.given = (processor, examples, args)
-
-    def __len__(self):
-        return len(self.given[1])
-
-    def __getitem__(self, place):
-        processor, examples, args = self.given
-        try:
-            batch = ask(processor, [examples[place]], args, tokenize=True, return_dict=True)
-        except InputError as error:
-            return str(error)
-        except LOADING_ERRORS as error:  # such as an image 200 times wider than high
-            why = first_line(error)
-            return f"{examples[place]['where']}: the processor refuses this prompt ({why})"
-        return len(batch["input_ids"][0])
+def prompt_length(processor, args, example):
+    """How many tokens the prompt of an example has, or why it cannot be read, as a text."""
+    try:
+        batch = ask(processor, [example], args, tokenize=True, return_dict=True)
+    except InputError as error:
+        return str(error)
+    except LOADING_ERRORS as error:  # such as an image 200 times wider than high
+        return f"{example['where']}: the processor refuses this prompt ({first_line(error)})"
+    return len(batch["input_ids"][0])
 
 
 def fitting(out, folder, args, *files) -> list[list[dict]]:
@@ -1116,31 +1121,28 @@ def fitting(out, folder, args, *files) -> list[list[dict]]:
     with loading(folder):
         processor = load_processor(folder, AutoConfig.from_pretrained(folder, **code), args)
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    how = {"batch_size": None, "collate_fn": partial(prompt_length, processor, args)}
+    most = args.max_prompt_tokens
 
     def produce(chunk):
         """The lengths of a chunk."""
         workers = min(cores, len(chunk) // 32)  # a few are not worth a process
-        counts = torch.utils.data.DataLoader(
-            PromptLengths(processor, chunk, args), batch_size=None, num_workers=workers
-        )
+        counts = DataLoader(chunk, num_workers=workers, **how)
         for example, count in zip(chunk, counts):
             if isinstance(count, str):
                 raise InputError(count)
-            yield {"id": example["id"], "tokens": count, "fits": count <= args.max_prompt_tokens}
+            yield {"id": example["id"], "tokens": count, "fits": count <= most}
 
     write_chunks(path, examples, produce, args, "prompts")
-    rows, kept = stream_jsonl(path), []
-    for file in files:
-        kept.append([])
-        for example, row in zip(file, rows):
-            example["tokens"] = row["tokens"]
-            if row["fits"]:
-                kept[-1].append(example)
-        left_out = f"{len(file) - len(kept[-1])} of {len(file)} prompts have more than "
-        left_out += f"--max_prompt_tokens {args.max_prompt_tokens} tokens; {path} lists them"
-        if len(kept[-1]) < 0.9 * len(file):
+    for example, row in zip(examples, stream_jsonl(path)):
+        example["tokens"] = row["tokens"]
+    kept = [[example for example in file if example["tokens"] <= most] for file in files]
+    for file, rest in zip(files, kept):
+        left_out = f"{len(file) - len(rest)} of {len(file)} prompts have more than "
+        left_out += f"--max_prompt_tokens {most} tokens; {path} lists them"
+        if len(rest) < 0.9 * len(file):
             raise InputError(f"{left_out}: raise the flag or use smaller images")
-        if len(kept[-1]) < len(file):
+        if len(rest) < len(file):
             print(f"left out: {left_out}")
     return kept
 
@@ -1203,28 +1205,6 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:6], "big")
 
 
-class RoomyLayer(DynamicLayer):
-    """A cache layer with room behind its tokens; a plain one copies itself for every new token."""
-
-    def __init__(self, layer):
-        vars(self).update(vars(layer))
-        self.length = layer.get_seq_length()
-
-    def get_seq_length(self):
-        """How many tokens it holds."""
-        return self.length
-
-    def update(self, keys, values, *args, **kwargs):
-        """Write states (B, heads, W, D) behind those that are there; returns them all."""
-        start, self.length = self.length, self.length + keys.shape[2]
-        if self.length > self.keys.shape[2]:
-            room = (0, 0, 0, 31)  # for 31 more tokens
-            super().update(F.pad(keys, room), F.pad(values, room))
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-
 def read_prompts(policy, batch) -> tuple:
     """Read prompts: their cache, their offset and the logits of their next token (B, V).
 
@@ -1232,11 +1212,8 @@ def read_prompts(policy, batch) -> tuple:
     positions; else it is None.
     """
     out = policy.model(**batch, use_cache=True, logits_to_keep=1)
-    cache = out.past_key_values
-    # A sliding window and linear attention have layers of their own.
-    cache.layers = [RoomyLayer(x) if type(x) is DynamicLayer else x for x in cache.layers]
     offset = getattr(policy.model.base_model, "rope_deltas", None)
-    return cache, offset, out.logits[:, -1].float()
+    return out.past_key_values, offset, out.logits[:, -1].float()
 
 
 def take_rows(cache, index, *tensors) -> list:
@@ -1417,9 +1394,10 @@ class Sampler:
         """Phase: n checked samples per example as JSONL rows, in the order of the examples.
 
         Each is seeded by (purpose, iteration, prompt, sample), or by its prefix in place of the
-        iteration. temperature: a number or one per example. With a PRM a row gets its step scores
-        and R_p; right_only: R = 1(a = a*) x R_p instead, for examples whose answer is known: wrong
-        samples have R = 0 and are not scored.
+        iteration; prefixes: rows whose token_ids the responses begin with. temperature: a number or
+        one per example. With a PRM a row gets its step scores and R_p; right_only: R = 1(a = a*) x
+        R_p instead, for examples whose answer is known: wrong samples have R = 0 and are not
+        scored.
         """
         heats = temperature if isinstance(temperature, list) else [temperature] * len(examples)
 
@@ -1427,7 +1405,7 @@ class Sampler:
             """The rows of a chunk."""
             chunk = [examples[i] for i in places]
             heat = [heats[i] for i in places]
-            begun = [prefixes[i] for i in places] if prefixes else [[]] * len(chunk)
+            begun = [prefixes[i]["token_ids"] for i in places] if prefixes else [[]] * len(chunk)
             seeds = []
             for example, prefix in zip(chunk, begun):
                 key = (example["id"], prefix) if prefix else (iteration, example["id"])
@@ -1440,10 +1418,15 @@ class Sampler:
             for i, example in enumerate(chunk):
                 groups.append([])
                 for k, response in enumerate(responses[i]):
-                    row = {"id": example["id"], "iteration": iteration, "sample": k}
-                    row |= {"seed": seeds[i][k], "temperature": heat[i]}
-                    row |= {"prefix_length": len(begun[i])} | check(response, example)
-                    groups[-1].append(row)
+                    row = {
+                        "id": example["id"],
+                        "iteration": iteration,
+                        "sample": k,
+                        "seed": seeds[i][k],
+                        "temperature": heat[i],
+                        "prefix_length": len(begun[i]),
+                    }
+                    groups[-1].append(row | check(response, example))
             if self.prm:
                 self.score(groups, chunk, right_only)
             return itertools.chain(*groups)
@@ -1522,8 +1505,8 @@ def prove_policy(policy, example, args):
     cache, offset, first = read_prompts(policy, prompts)
     ids = batch["input_ids"][:, -width:]  # (2, W)
     later = policy.model(**inputs_behind(cache, ids, batch["attention_mask"], offset)).logits
-    logits = torch.cat([first[:, None], later[:, :-1].float()], 1)  # (2, W, V)
-    cached = logits.log_softmax(-1).gather(2, ids[..., None])[..., 0]  # (2, W)
+    logits = torch.cat([first[:, None], later[:, :-1]], 1)  # (2, W, V)
+    cached = -F.cross_entropy(logits.mT, ids, reduction="none")  # (2, W)
 
     off = {"padded": together - torch.cat(alone), "cached": cached - together}
     off["loss"] = loss + together.mean()
@@ -1847,12 +1830,12 @@ def load_checker(spec):
     with named():
         judge = runpy.run_path(path)[name]
 
+    @named()
     def checked(response, example):
         """The user's verdict on a response."""
-        with named():
-            verdict = judge(response, example)
-            if verdict not in (True, False, None):
-                raise TypeError(f"it must give True, False or None, not {verdict!r}")
+        verdict = judge(response, example)
+        if verdict not in (True, False, None):
+            raise TypeError(f"it must give True, False or None, not {verdict!r}")
         return verdict
 
     return checked
@@ -1912,8 +1895,7 @@ def epoch_batches(n, size, steps, *key) -> list[list[int]]:
     batches, epoch = [], 0
     while len(batches) < steps:
         draws = torch.Generator().manual_seed(seed_of(*key, epoch))
-        order = torch.randperm(n, generator=draws).tolist()
-        batches += [order[start : start + size] for start in range(0, n, size)]
+        batches += BatchSampler(RandomSampler(range(n), generator=draws), size, drop_last=False)
         epoch += 1
     return batches[:steps]
 

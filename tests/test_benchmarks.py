@@ -5,6 +5,8 @@ import io
 import json
 import random
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy
@@ -241,6 +243,21 @@ def test_one_bad_record_of_thirty_is_left_out_and_listed(tmp_path, change, reaso
     # without the published files the list stays, as the examples do
     (folder / "testmini.parquet").unlink()
     assert made("mathvista", folder) == got and left_out(folder) == (reasons, 30)
+
+
+@pytest.mark.parametrize(
+    "name, file, text",
+    [
+        ("mmbench_r", "MMBench_DEV_EN_V11.tsv", "<html>\n<body>404</body>\n"),
+        ("mathvista", "testmini.json", "7"),
+        ("mathvista", "testmini.json", '{"1": 7}'),
+        ("mathvista", "testmini.json", "[" * 100_000),
+    ],
+)
+def test_a_file_that_is_something_else_is_refused_by_name(tmp_path, name, file, text):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(common.InputError, match=f"{file} cannot be read .*; put .* into "):
+        evaluate.make_benchmark(name, tmp_path)
 
 
 def test_four_bad_records_of_thirty_refuse_the_set_and_the_first_is_named(tmp_path):
@@ -587,6 +604,21 @@ def test_a_benchmark_without_files_says_what_to_do(tmp_path, monkeypatch):
         evaluate.make_benchmark("mmbench_r", tmp_path / "mmbench_r")
 
 
+def test_two_evaluations_make_a_benchmark_one_after_the_other(tmp_path, monkeypatch):
+    running, most = [], []
+
+    def convert(name, folder):
+        running.append(name)
+        time.sleep(0.05)
+        most.append(len(running))
+        running.pop()
+
+    monkeypatch.setattr(evaluate, "convert", convert)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(evaluate.make_benchmark, ["ai2d"] * 4, [tmp_path] * 4))
+    assert most == [1, 1, 1, 1]
+
+
 def test_a_broken_file_is_refused(tmp_path):
     (tmp_path / "m3cot").mkdir()
     (tmp_path / "m3cot/test.parquet").write_text("no parquet")
@@ -700,6 +732,7 @@ def test_evaluation_on_benchmarks_writes_every_verdict_and_every_table(tmp_path,
     look = {"iteration": 0, "temperature": 1.0, "greedy_accuracy": 1}
     look |= {"pass_at_k": 1, "reward_pass_at_2": 1}
     common.write_jsonl(runs / "03_self_evolve/metrics.jsonl", [look])
+    common.write_jsonl(runs / "03_self_evolve/temperature.jsonl", [])
     tsv(tmp_path / "data/mmbench_r", MMBENCH)
     vistas = [*VISTA, *[{**VISTA[1], "pid": str(pid)} for pid in range(10, 20)]]
     vistas[9]["answer"] = "seven"

@@ -255,7 +255,6 @@ def test_lines_gives_rows_by_number_and_reads_no_more(tmp_path):
     assert len(lines) == 5
     assert [lines[4], lines[0], lines[2]] == [rows[4], rows[0], rows[2]]
     assert list(lines) == rows
-    assert [common.Lines(tmp_path / "a.jsonl", "ids")[k] for k in (3, 1)] == [[3, 4], [1, 2]]
     with pytest.raises(IndexError):
         lines[5]
     assert len(common.Lines(write(tmp_path / "b.jsonl", ""))) == 0
@@ -502,6 +501,17 @@ def test_a_stage_takes_what_it_is_not_given_from_the_stage_before_and_says_so(tm
     first = warmup.Args(runs=given["runs"])
     common.inherit(first, {"runs"}, "01_warmup")
     assert first == warmup.Args(runs=given["runs"])
+
+
+def test_the_base_of_a_run_in_another_folder_is_that_of_the_policy_it_began_with(tmp_path):
+    given = {"device": "cpu", "runs": str(tmp_path / "r"), "model": str(tmp_path / "mine")}
+    made = opened(stage("01_warmup").Args(**given))
+    evolving = stage("03_self_evolve").Args(device="cpu", policy=f"{made}/model")
+    evolving.runs = str(tmp_path / "q")
+    common.open_run(evolving, "03_self_evolve", {})
+    later = stage("04_eval").Args(runs=evolving.runs)
+    common.inherit(later, {"runs"}, "04_eval")
+    assert later.model == given["model"]
 
 
 def test_a_second_process_on_one_run_folder_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import stage
 from PIL import Image
 
 import common
@@ -181,3 +182,30 @@ def test_an_answer_that_does_not_fit_its_record_is_refused_with_its_line(tmp_pat
 def test_an_answer_is_read_as_its_record_says(answer, fields, form):
     example = {"question": "q", "choices": None, **fields}
     assert common.canonical(answer, example) == form
+
+
+@pytest.mark.parametrize(
+    "name, files",
+    [
+        ("02_train_prm", ["val"]),
+        ("03_self_evolve", ["val", "unlabeled"]),
+        ("04_eval", ["test", "ood"]),
+    ],
+)
+def test_prompts_to_judge_by_lie_beside_those_that_are_trained_on(monkeypatch, name, files):
+    """Not in data/toy, where they would be other prompts than the run's."""
+    module, opened = stage(name), {}
+    flags = {"data": "mine/train.jsonl", "policy": "", "prm": "", "aggregate": "min"}
+
+    def open_run(args, stage_name, inputs):
+        opened.update(inputs)
+        raise common.InputError("seen")
+
+    for owner in (common, module):
+        monkeypatch.setattr(owner, "open_run", open_run, raising=False)
+    monkeypatch.setattr(module, "origin_of", lambda folder: {"flags": flags}, raising=False)
+    args = module.Args()
+    args.data, args.unlabeled = flags["data"], "vote"
+    with pytest.raises(common.InputError, match="seen"):
+        module.main(args)
+    assert [str(opened[file]) for file in files] == [f"mine/{file}.jsonl" for file in files]

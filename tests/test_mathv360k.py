@@ -5,6 +5,7 @@ import json
 import shutil
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub
 import pytest
@@ -301,6 +302,7 @@ def test_the_split_on_disk_is_complete_disjoint_and_readable(tmp_path, monkeypat
     assert report["source"] == common.digest(root / RECORDS)
     names = ("train", "unlabeled", "test", "val")
     wanted = [
+        ".lock",
         "data_images",
         "digests.json",
         "split.json",
@@ -323,6 +325,15 @@ def test_a_split_is_reused_and_one_of_another_seed_file_or_size_is_refused(tmp_p
     put(root, world_of(61))
     with pytest.raises(common.InputError, match="source was .*, now .*; delete it"):
         split(root, monkeypatch)
+
+
+def test_runs_that_start_at_once_split_once(tmp_path, monkeypatch):
+    root = put(tmp_path / "m", world_of(60))
+    monkeypatch.setattr(warmup, "HELD_OUT", SMALL)
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(warmup.split_mathv360k, [root] * 4, [0] * 4))
+    assert made == [root / "train.jsonl"] * 4
+    assert not list(root.glob("*.part"))
 
 
 def test_what_a_killed_split_left_counts_for_nothing(tmp_path, monkeypatch):

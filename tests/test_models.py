@@ -245,7 +245,8 @@ def test_samples_depend_on_purpose_iteration_and_prefix_and_not_on_chunks(
         args.chunk = chunk
         path = tmp_path / name
         with common.Sampler(tiny, args) as sampler:
-            drawn = {"iteration": iteration, "prefixes": begun}
+            rows = begun and [{"token_ids": ids} for ids in begun]
+            drawn = {"iteration": iteration, "prefixes": rows}
             sampler.sample(path, examples[:3], 2, 1.0, purpose, **drawn)
         return [(row["seed"], row["token_ids"]) for row in common.read_jsonl(path)]
 
@@ -425,7 +426,7 @@ def fake_engine(args, monkeypatch):
 def test_what_an_engine_says_becomes_responses(
     tiny, policy, examples, args, tmp_path, monkeypatch, fake_engine
 ):
-    eos, prefixes = policy.eos_ids[0], [[7], []]
+    eos, prefixes = policy.eos_ids[0], [{"token_ids": [7]}, {"token_ids": []}]
     outputs = [output_of([5], [9, eos], [0, 0], "stop"), output_of([5], [9, 9], [0, 0], "length")]
     outputs += [output_of([5], [eos], [0], "stop"), output_of([5], [8], [0], "length")]
     monkeypatch.setattr(common, "ask_engine", lambda *given: outputs)
@@ -445,7 +446,8 @@ def test_a_prefix_that_fills_the_room_is_the_whole_response_of_an_engine_too(
     outputs = [output_of([5], [8], [0], "length"), output_of([5], [1], [0], "stop")]
     monkeypatch.setattr(common, "ask_engine", lambda *given: outputs)
     with common.Sampler(tiny, args) as sampler:
-        sampler.sample(tmp_path / "a.jsonl", examples[:1], 2, 1.0, "t", prefixes=[full])
+        prefixes = [{"token_ids": full}]
+        sampler.sample(tmp_path / "a.jsonl", examples[:1], 2, 1.0, "t", prefixes=prefixes)
     rows = common.read_jsonl(tmp_path / "a.jsonl")
     assert [(row["token_ids"], row["finished"]) for row in rows] == [(full, False)] * 2
 

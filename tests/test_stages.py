@@ -512,6 +512,20 @@ def test_labels_of_visualprm_train_a_prm_without_a_sample_of_its_own(outside, mo
     assert metrics["held_out"]["steps"] == 3 * sum(row["held_out"] for row in made)
 
 
+def test_an_image_of_labels_that_cannot_be_read_stops_the_run_before_it_trains(
+    outside, monkeypatch
+):
+    records = visual_prm(outside, 19)
+    (outside / "labels/torn.png").write_text("no image")
+    records[11]["image"] = "torn.png"
+    common.write_jsonl(outside / "labels/torn.jsonl", records)
+    flags = TRAIN_PRM | {"runs": "runs/torn", "labels": "labels/torn.jsonl"}
+    with pytest.raises(common.InputError, match="torn.png cannot be read .*; put a whole file"):
+        in_process("02_train_prm", outside, monkeypatch, **flags)
+    common.close_runs()
+    assert not (outside / "runs/torn/02_train_prm/training").exists()
+
+
 def test_steps_that_02_wrote_are_labels_for_another_run(outside, monkeypatch):
     own = [
         {"id": f"train-{number // 2:05d}", "steps_with_score": record["steps_with_score"]}

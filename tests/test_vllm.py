@@ -121,14 +121,16 @@ def test_the_engine_gives_transformers_tokens_is_repeatable_and_leaves_nothing_b
         sampler.args = args
         texts = ("sum of row 1 : 1 2 3\n", "", "1 + 2", "maximum of row 2 :")
         prefixes = [policy.tokenizer(text)["input_ids"] for text in texts]
-        begun = {"prefixes": prefixes}
+        begun = {"prefixes": [{"token_ids": ids} for ids in prefixes]}
         mine = sampled(sampler, tmp_path / "g", examples[:4], 1, 0.0, "t", **begun)
         assert mine == greedy(policy, examples[:4], args, prefixes)
         for prefix, (ids,) in zip(prefixes, mine):
             assert ids[: len(prefix)] == prefix
             assert len(ids) <= 16
         full = [[9, 10] * 8]
-        mine = sampled(sampler, tmp_path / "h", examples[:1], 1, 0.0, "t", prefixes=full)
+        mine = sampled(
+            sampler, tmp_path / "h", examples[:1], 1, 0.0, "t", prefixes=[{"token_ids": full[0]}]
+        )
         assert mine == [full]
 
         alive = memory_below_this()
