@@ -58,7 +58,8 @@ def place(world, tmp_path, monkeypatch):
 def small_prm_flags(place) -> None:
     """Let the first PRM say that it was made on a tiny budget: a refreshed one takes its flags."""
     budget = {"prompts": 32, "samples": 6, "rollouts": 2, "epochs": 1, "held_out": 0.5}
-    made_with = train_prm.Args(device="cpu", max_new_tokens=60, val_samples=3, **budget)
+    budget |= {"max_new_tokens": 60, "val_samples": 3, "val": "data/toy/val.jsonl"}
+    made_with = train_prm.Args(device="cpu", **budget)
     common.write_json(place / "runs/toy/02_train_prm/run.json", {"flags": asdict(made_with)})
 
 
