@@ -35,7 +35,7 @@ def trl_rows(policy, examples, targets, args) -> list[dict]:
     template, rows = policy.processor.apply_chat_template, []
     closing = policy.tokenizer.convert_ids_to_tokens(policy.eos_ids[0])
     for example, ids in zip(examples, targets):
-        talk = common.conversation(example, args)
+        talk = common.conversation(policy.processor, example, args)
         prompt = template(talk, tokenize=False, add_generation_prompt=True)
         completion = policy.tokenizer.decode(ids) + closing
         image = common.read_image(example)
@@ -65,7 +65,7 @@ def time_trl(policy_folder, work: Path, rows: list[dict], args) -> tuple[list, l
         disable_tqdm=True,
     )
     model = AutoModelForImageTextToText.from_pretrained(
-        policy_folder, dtype=torch.float32, attn_implementation=args.attention
+        policy_folder, dtype=torch.float32, attn_implementation=args.attention or None
     )
     clock = Clock()
     trainer = SFTTrainer(
@@ -134,7 +134,7 @@ def main() -> None:
             worst = max(worst, off)
             if off > 1e-3:
                 sys.exit(f"the losses of {name} and ours differ by {off:.2g}: no fair pair")
-        args.attention = "auto"
+        args.attention = ""
         for name, (_, began) in sides.items():  # from the second step's beginning to the last's
             seconds, used = (b - a for a, b in zip(began[1], began[-1]))
             clock[name].append(supervised / seconds)
