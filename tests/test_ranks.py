@@ -29,6 +29,11 @@ def torchrun(ranks: int, *command, cwd) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True)
 
 
+def leave_ranks() -> None:
+    """End a rank as run_stage does: a gloo thread that still works at exit aborts the process."""
+    torch.distributed.destroy_process_group()
+
+
 # ---- one training phase
 
 PHASE = """
@@ -40,6 +45,7 @@ import test_ranks
 
 for asked in json.loads(sys.argv[2]):
     test_ranks.train_phase(**asked)
+test_ranks.leave_ranks()
 """
 
 
@@ -208,6 +214,7 @@ sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import test_ranks
 
 test_ranks.run_stages(json.loads(sys.argv[2]), *sys.argv[3:])
+test_ranks.leave_ranks()
 """
 
 
