@@ -7,20 +7,27 @@ Writes  runs/toy/02_train_prm/samples.jsonl      responses of the warm-up policy
                               steps.jsonl        a row per response: its steps and their labels
                               held_out.jsonl     rows that it is not trained on, with scores
                               val_samples.jsonl  val prompts with step scores, to judge the PRM by
-                              model/             a plain Hugging Face folder; prm.json: its marks
+                              model/             a Hugging Face folder; prm.json: how it is read
                               metrics.json       step AUC, calibration, label balance, reranking
 
 A step's label comes from --rollouts completions that start at the step's exact end, inside the
-assistant turn; the last step is judged by the answer check. The score of a step is
-sigmoid(logit(good) - logit(bad)) of two ordinary tokens, read at the step's last token, so the PRM
-has no extra head and any engine can serve it. With --labels FILE the first three files are not
-made: its records become steps.jsonl.
+assistant turn; the last step is judged by the answer check. With --labels FILE the first three
+files are not made: its records become steps.jsonl.
+
+The score of a step is sigmoid(mark_weight x (logit(good) - logit(bad)) + likelihood x l): two
+ordinary tokens, read at the step's last token, and l, the mean log-probability that the PRM itself
+gives to the step's tokens. There is no extra head, so any engine can serve it.
 
 Departures from the paper:
 1. Prompts whose samples are all right or all wrong get no rollouts: they tell no step from another.
 2. Rollouts are drawn at --rollout_temperature 0.5 (the paper names none): at 1.0 a sound step often
    fails by a later slip.
 3. About 10 K labelled steps here, 50 K items there.
+4. --likelihood, off unless asked for, is not the paper's. At a step's last token a small model no
+   longer knows if it read a digit rightly; how sure it was of that digit it does know. Implicit
+   process rewards rest on such log-probabilities too, there against a reference model ("Free
+   Process Rewards without Process Labels", Yuan et al. 2024). The marks begin as noise, so beside
+   it they want a small weight: --mark_weight 0.1 --likelihood 6 --epochs 1 --learning_rate 3e-4.
 
     python 02_train_prm.py
     torchrun --nproc-per-node 8 02_train_prm.py --data my/train.jsonl --val my/val.jsonl
@@ -71,6 +78,10 @@ class Args(common.ScoringArgs):
     val_samples: int = flag(8, "responses per val prompt")
     good: str = flag("+", "token whose logit says that a step is good")
     bad: str = flag("-", "token whose logit says that a step is bad")
+    mark_weight: float = flag(1.0, "weight of logit(good) - logit(bad) in a score", above=-1)
+    likelihood: float = flag(
+        0.0, "weight of the mean log-probability of a step's tokens in its score", above=-1
+    )
     epochs: int = flag(2, "passes over the labelled responses")
     batch_size: int = flag(32, "responses per optimizer step")
     learning_rate: float = flag(5e-4, "peak learning rate")
@@ -356,7 +367,10 @@ def make_prm(out, policy, args):
     batches = [[fit[i] for i in batch] for batch in order]
     model, work = out / "model", out / "training"
     how = (partial(prm_loss, args=bare), step_count, args, "02 train")
-    trained = common.train(model, policy, work, batches, rows, *how, marks=marks)
+    weights = {"mark_weight": args.mark_weight, "likelihood": args.likelihood}
+    trained = common.train(
+        model, policy, work, batches, rows, *how, prm={"marks": marks, **weights}
+    )
     common.drop_states(work)
 
     # Judge, on prompts it was not trained on

@@ -55,7 +55,9 @@ class Args(common.ScoringArgs):
 
     data: str = flag("data/toy/train.jsonl", "labelled prompts, JSONL")
     policy: str = flag("", "policy to start from; empty: the warm-up policy of --runs")
-    prm: str = flag("", "process reward model; empty: the PRM of --runs")
+    prm: str = flag(
+        "", "PRM, or a rule FILE:FUNCTION(response, example) -> step scores; empty: 02's of --runs"
+    )
     val: str = flag(
         "", "set for dynamics and temperature search; empty: 02's, or val.jsonl beside --data"
     )

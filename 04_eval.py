@@ -50,6 +50,7 @@ from common import (
     fitting,
     flag,
     is_made,
+    is_rule,
     is_there,
     load_checker,
     load_examples,
@@ -721,12 +722,14 @@ def main(args):
         data[name] = make_benchmark(name, Path(args.data_root) / name)
     policies = policies_of(runs, trained, args.model)
     prm = Path(trained["prm"] or runs / "02_train_prm" / "model")
+    if STEPS in args.benchmarks and is_rule(prm):
+        raise InputError(f"--benchmarks {STEPS} judges a PRM, and {prm} is a rule; leave it out")
     inputs = {**data, **policies, "prm": prm}
     inputs["model"] = inputs.pop("base")  # the one that may be a name on the hub
     out = open_run(args, "04_eval", inputs)
     load_checker(args.chain_checker)  # a wrong flag shows now, not after hours
     files = [load_examples(path) for path in data.values()]
-    examples = dict(zip(data, fitting(out, prm, args, *files)))
+    examples = dict(zip(data, fitting(out, evolving / "model", args, *files)))
     predict(out, policies, prm, examples, args)
 
     def write_report(part):

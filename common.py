@@ -520,6 +520,8 @@ def open_run(args, stage, inputs) -> Path:
 
 def fingerprint(stage, name, path):
     """The digest of an input, or a model's name on the hub; raises InputError if it is missing."""
+    if is_rule(path):
+        path = str(path).rpartition(":")[0]
     if Path(path).is_file() or Path(path).is_dir():  # a pipe would be waited for
         return digest(path)
     if name == "model" and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
@@ -894,9 +896,11 @@ class Policy:
 
 @dataclass
 class Prm(Policy):
-    """A process reward model f: a policy that is read at two tokens, (good, bad)."""
+    """A process reward model f: a policy whose logits `step_logits` reads as scores of steps."""
 
-    marks: tuple[int, int]
+    marks: tuple[int, int] | None  # two tokens, (good, bad)
+    mark_weight: float  # of the marks
+    likelihood: float  # weight of what the model itself finds likely
 
 
 def dtype_of(args) -> torch.dtype:
@@ -992,14 +996,32 @@ def closing_first(processor, eos):
 
 
 def load_prm(path, args) -> Prm:
-    """A PRM that stage 02 wrote: a policy whose prm.json names its two marks."""
+    """A PRM that stage 02 wrote: a policy whose prm.json says how it is read.
+
+    {"marks": two token ids, "mark_weight": number, "likelihood": number}; {"marks": null,
+    "likelihood": 1} makes any policy a PRM that ranks by its own likelihood.
+    """
     file = Path(path) / "prm.json"
     if not file.is_file():
         raise InputError(f"{path} is no PRM, it holds no prm.json; name a model/ that 02 wrote")
-    prm = Prm(**vars(load_policy(path, args)), marks=None)
-    prm.marks = tuple(read_json(file).get("marks") or ())
-    if len(set(range(len(prm.tokenizer))).intersection(prm.marks)) != 2 or len(prm.marks) != 2:
+    prm = Prm(**vars(load_policy(path, args)), marks=None, mark_weight=0.0, likelihood=0.0)
+    match read_json(file):
+        case {
+            "marks": [int(good), int(bad)],
+            "mark_weight": int(weight) | float(weight),
+            "likelihood": int(likelihood) | float(likelihood),
+        }:
+            prm.marks, prm.mark_weight = (good, bad), float(weight)
+        case {"marks": None, "likelihood": int(likelihood) | float(likelihood)}:
+            pass
+        case _:
+            raise InputError(f"{file}: marks must be two token ids; run 02 again")
+    prm.likelihood = float(likelihood)
+    ids, weights = set(prm.marks or ()), (prm.mark_weight, prm.likelihood)
+    if ids - set(range(len(prm.tokenizer))) or len(ids) == 1:
         raise InputError(f"{file}: marks must be two token ids of the vocabulary; run 02 again")
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise InputError(f"{file}: mark_weight and likelihood must be 0 or more, and not both 0")
     return prm
 
 
@@ -1023,7 +1045,8 @@ def save_policy(policy, path, args):
             policy.tokenizer.backend_tokenizer.no_padding()
         policy.processor.save_pretrained(part)
         if isinstance(policy, Prm):
-            write_json(part / "prm.json", {"marks": policy.marks})
+            names = ("marks", "mark_weight", "likelihood")
+            write_json(part / "prm.json", {name: getattr(policy, name) for name in names})
         for file in part.iterdir():  # safetensors writes for the user alone
             file.chmod(0o644)
 
@@ -1382,8 +1405,11 @@ class Sampler:
             self.policy.model = None  # the engine has it
             free_memory()
         if prm:
-            self.prm = load_prm(prm, self.args)
-            if self.prm.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
+            self.prm = load_rule(prm) if is_rule(prm) else load_prm(prm, self.args)
+            if (
+                not is_rule(prm)
+                and self.prm.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab()
+            ):
                 raise InputError(
                     f"{prm} numbers tokens otherwise than {policy}; use a PRM made of it"
                 )
@@ -1442,7 +1468,13 @@ class Sampler:
             for row in group:
                 wanted = row["finished"] and (row["correct"] or not judged)
                 token_ids[-1].append(row["token_ids"] if wanted else [])
-        scores = score_steps(self.prm, examples, token_ids, self.args)
+        if callable(self.prm):  # a rule
+            scores = []
+            for group, example, wanted in zip(groups, examples, token_ids):
+                texts = [row["response"] if ids else "" for row, ids in zip(group, wanted)]
+                scores.append([self.prm(text, example) if text else [] for text in texts])
+        else:
+            scores = score_steps(self.prm, examples, token_ids, self.args)
         for group, judged, found in zip(groups, known, scores):
             for row, steps in zip(group, found):
                 reward = round(response_reward(steps, self.args.aggregate), 6)  # -1: no step
@@ -1697,23 +1729,47 @@ def encode_steps(steps: list[str], tokenizer) -> tuple[list[int], list[int]] | N
     return (token_ids, ends) if len(ends) == len(steps) else None
 
 
-def step_logits(prm, inputs, ends: list[list[int]], offset) -> torch.Tensor:
+def step_logits(prm, inputs, ends: list[list[int]], offset, first=None) -> torch.Tensor:
     """Logit of "this step is good" for every step of a batch: the ONE place a step's score is read.
 
-    inputs: of the model's forward pass, (B, L). A step that ends at `end` is read at position
-    offset + end - 1, its own last token, as logit(good) - logit(bad) of two tokens of the
-    vocabulary, so that a PRM stays a plain language-model checkpoint. Returns (steps of the
-    batch,), row by row.
+    mark_weight x (logit(good) - logit(bad)), two tokens of the vocabulary read behind the step's
+    last token, plus likelihood x the mean log-probability of the step's own tokens under the PRM.
+    So a PRM stays a plain language-model checkpoint. The second part is not the paper's (stage 02
+    says why).
+
+    inputs: of the model's forward pass; its input_ids hold the responses from column `offset` on,
+    (B, offset + W). first: logits of their first tokens where a cache holds the prompts, (B, V).
+    ends: where each response's steps end. Returns (steps of the batch,), row by row.
     """
-    rows = [i for i, row in enumerate(ends) for _ in row]
-    places = [offset + end - 1 for row in ends for end in row]
-    places = torch.tensor(places, dtype=torch.long, device=prm.model.device)  # (S,)
-    kept, columns = places.unique(return_inverse=True)
-    logits = prm.model(**inputs, logits_to_keep=kept).logits  # (B, kept, V)
-    if logits.shape[1] > len(kept):  # a model that gives all positions
-        columns = places
+    rows = [i for i, row in enumerate(ends) for _ in row]  # (S,)
+    stops = torch.tensor([end for row in ends for end in row], device=prm.model.device).long()
+    if not prm.likelihood:  # the ends of steps are all that is read
+        places = offset + stops - 1  # (S,)
+        kept, columns = places.unique(return_inverse=True)
+        logits = prm.model(**inputs, logits_to_keep=kept).logits  # (B, kept, V)
+        if logits.shape[1] > len(kept):  # a model that gives all positions
+            columns = places
+        return mark_logits(prm, logits[rows, columns])
+
+    ids = inputs["input_ids"][:, offset:]  # (B, W)
+    kept = ids.shape[1] + (first is None)
+    logits = prm.model(**inputs, logits_to_keep=kept).logits[:, -kept:].float()  # (B, kept, V)
+    if first is not None:
+        logits = torch.cat([first[:, None], logits], 1)  # (B, W + 1, V): behind 0, 1, ... W tokens
+    starts = [start for row in ends for start in [0, *row][: len(row)]]
+    starts = torch.tensor(starts, device=prm.model.device).long()  # (S,)
+    logprobs = -F.cross_entropy(logits[:, :-1].mT, ids, reduction="none")  # (B, W)
+    sums = F.pad(logprobs.double().cumsum(1), (1, 0))  # (B, W + 1)
+    mean = (sums[rows, stops] - sums[rows, starts]) / (stops - starts)  # (S,)
+    return mark_logits(prm, logits[rows, stops]) + prm.likelihood * mean.float()
+
+
+def mark_logits(prm, logits) -> torch.Tensor:
+    """The marks' part of the scores of steps, from the logits behind each step, (S, V) -> (S,)."""
+    if not prm.marks:
+        return torch.zeros_like(logits[:, 0])
     good, bad = prm.marks
-    return logits[rows, columns, good].float() - logits[rows, columns, bad].float()  # (S,)
+    return prm.mark_weight * (logits[:, good].float() - logits[:, bad].float())
 
 
 @torch.inference_mode()
@@ -1729,12 +1785,15 @@ def score_steps(prm, examples, responses: list[list[list[int]]], args) -> list:
     for part in slices_of([responses[i] for i in asked], 1, few):
         batch = asked[part]
         prompts = encode_prompts(prm, [examples[i] for i in batch], args)
-        read, offset, _ = read_prompts(prm, prompts)
+        read, offset, first = read_prompts(prm, prompts)
         places = [(i, k) for i in batch for k, tail in enumerate(responses[i]) if tail]
         # Responses of like length together: little is spent on padding.
         places.sort(key=lambda place: len(responses[place[0]][place[1]]))
-        for start in range(0, len(places), 32):
-            some = places[start : start + 32]
+        longest = max(len(responses[i][k]) for i, k in places)
+        # The logits of a sub-batch take 2 GB in float32 at most.
+        size = min(max(2**29 // (longest * first.shape[1]), 1), 32)
+        for start in range(0, len(places), size):
+            some = places[start : start + size]
             tails = [responses[i][k] for i, k in some]
             ids, seen = pad_right(tails, prm.pad_id)  # (n, W)
             owner = torch.tensor([batch.index(i) for i, _ in some], device=prm.model.device)  # (n,)
@@ -1743,7 +1802,8 @@ def score_steps(prm, examples, responses: list[list[list[int]]], args) -> list:
             mask = torch.cat([given[0], seen.to(given[0])], 1)  # (n, L + W)
             inputs = inputs_behind(cache, ids.to(mask), mask, given[1])
             ends = [step_ends(tail, prm.tokenizer) for tail in tails]
-            found = iter(step_logits(prm, inputs, ends, 0).sigmoid().tolist())
+            found = step_logits(prm, inputs, ends, 0, first[owner]).sigmoid().tolist()
+            found = iter(found)
             for (i, k), row in zip(some, ends):
                 scores[i][k] = list(itertools.islice(found, len(row)))
     return scores
@@ -1815,9 +1875,37 @@ def load_checker(spec):
     """The function FILE:FUNCTION(response, example) that knows if a chain is right, or None."""
     if not spec:
         return lambda response, example: None
-    path, _, name = spec.rpartition(":")
+    meaning = "True, False or None"
+    return load_function("--chain_checker", spec, meaning, lambda v: v in (True, False, None))
+
+
+def is_rule(prm) -> bool:
+    """Whether --prm names no folder but a function.
+
+    >>> is_rule("tests/toy.py:step_scores"), is_rule("runs/toy/02_train_prm/model")
+    (True, False)
+    """
+    return re.fullmatch(r".+\.py:\w+", str(prm)) is not None
+
+
+def load_rule(spec):
+    """A rule-based process reward, FILE:FUNCTION(response, example) -> step scores in [0, 1]."""
+
+    def fits(scores):
+        """Whether the function gave step scores."""
+        return isinstance(scores, list) and all(0 <= float(score) <= 1 for score in scores)
+
+    return load_function("--prm", str(spec), "a list of step scores from 0 to 1", fits)
+
+
+def load_function(name, spec, meaning, fits):
+    """The function FILE:FUNCTION(response, example) of a flag; `fits` knows its results.
+
+    What the user's code raises becomes an InputError, as does a result that does not fit.
+    """
+    path, _, function = spec.rpartition(":")
     if not Path(path).is_file():
-        raise InputError(f"--chain_checker {spec}: {path!r} is not a file; give FILE:FUNCTION")
+        raise InputError(f"{name} {spec}: {path!r} is not a file; give FILE:FUNCTION")
 
     @contextmanager
     def named():
@@ -1825,18 +1913,18 @@ def load_checker(spec):
         try:
             yield
         except (*LOADING_ERRORS, SyntaxError, NameError, AssertionError) as error:
-            raise InputError(f"--chain_checker {spec} fails: {error!r}") from None
+            raise InputError(f"{name} {spec} fails: {error!r}") from None
 
     with named():
-        judge = runpy.run_path(path)[name]
+        call = runpy.run_path(path)[function]
 
     @named()
     def checked(response, example):
-        """The user's verdict on a response."""
-        verdict = judge(response, example)
-        if verdict not in (True, False, None):
-            raise TypeError(f"it must give True, False or None, not {verdict!r}")
-        return verdict
+        """What the user's function says of a response."""
+        found = call(response, example)
+        if not fits(found):
+            raise TypeError(f"it must give {meaning}, not {found!r}")
+        return found
 
     return checked
 
@@ -2043,7 +2131,7 @@ def train(
     label,
     length_of=None,
     state=None,
-    marks=None,
+    prm=None,
 ) -> dict:
     """Phase: train a policy folder on batches of row numbers; writes model_out, returns progress.
 
@@ -2051,16 +2139,16 @@ def train(
     of the mean over the true count of the whole batch, however ranks and passes cut it. Rows of
     like length_of(row) share a pass, and every rank gets short and long ones. state: the
     `work` of an earlier phase, whose weights, moments and rate schedule go on here; without it they
-    begin anew. marks: the policy becomes a PRM. progress: {"step" of the schedule, "batch" of this
-    phase, "tokens", "loss" (summed over batches)}; saved in `work` every args.save_every steps.
-    Raises InputError if the loss is not finite.
+    begin anew. prm: what makes the policy a PRM, as in prm.json. progress: {"step" of the
+    schedule, "batch" of this phase, "tokens", "loss" (summed over batches)}; saved in `work` every
+    args.save_every steps. Raises InputError if the loss is not finite.
     """
     if is_made(model_out):
         return read_progress(work)
     work.mkdir(parents=True, exist_ok=True)
     policy = load_policy(policy_folder, args, training=True)
-    if marks:
-        policy = Prm(**vars(policy), marks=marks)
+    if prm:
+        policy = Prm(**vars(policy), **prm)
     policy.model = shard(policy.model, args).train()
     optimizer = make_optimizer(policy.model)
     progress = {"step": 0, "batch": 0, "tokens": 0, "loss": 0.0}

@@ -258,7 +258,7 @@ def score_prefixes(prm, examples, responses, args) -> list[float]:
 def measure_scoring(policy, examples, pairs: int, args) -> dict:
     """Steps per second of `score_steps` and of passes over every prefix, 8 responses per prompt."""
     marks = policy.tokenizer.convert_tokens_to_ids(["+", "-"])
-    prm = common.Prm(**vars(policy), marks=tuple(marks))
+    prm = common.Prm(**vars(policy), marks=tuple(marks), mark_weight=1.0, likelihood=0.0)
     seeds = [[common.seed_of("score", e["id"], k) for k in range(8)] for e in examples]
     sampled = common.generate(policy, examples, seeds, 1.0, args)
     responses = [[response.token_ids for response in row] for row in sampled]

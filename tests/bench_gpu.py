@@ -231,7 +231,7 @@ def first_that_fits(bench: Bench, optimizer: bool, frozen: bool) -> dict:
 
 def scoring(bench: Bench, policy) -> dict:
     """PRM scores of 8 responses to each of 8 prompts, every prompt read once."""
-    prm = common.Prm(**vars(policy), marks=(0, 1))
+    prm = common.Prm(**vars(policy), marks=(0, 1), mark_weight=1.0, likelihood=0.0)
     examples, count = bench.examples(8), bench.args.max_new_tokens
     responses = [bench.responses(8)] * 8
     scores = common.score_steps(prm, examples, responses, bench.args)
@@ -272,7 +272,7 @@ def equality(bench: Bench, policy) -> dict:
     args = replace(bench.args, max_new_tokens=min(64, bench.args.max_new_tokens))
     exact = replace(args, dtype="float32")
     examples, tails = bench.examples(4), [tail[:64] for tail in bench.responses(4)]
-    prm = common.Prm(**vars(policy), marks=(0, 1))
+    prm = common.Prm(**vars(policy), marks=(0, 1), mark_weight=1.0, likelihood=0.0)
     greedy = common.generate(policy, examples, [[0]] * 4, 0.0, args)
     greedy = [row[0].token_ids for row in greedy]
 

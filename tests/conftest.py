@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 # Of a script that a test starts as a user would.
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+READ_AS = {"marks": [3, 4], "mark_weight": 1.0, "likelihood": 1.0}  # the prm.json of a test
 ENVIRONMENTS = {}  # family of models -> where test_families.py ran it
 
 
@@ -61,6 +63,25 @@ def one_by_one(policy, example: dict, ids: list[int], args) -> tuple[dict, int]:
             tail = tail * (name in ("input_ids", "attention_mask"))  # text has token type 0
             batch[name] = torch.cat([value, tail.to(value)], 1)
     return batch, start
+
+
+def scores_by_hand(prm, logits, start: int, ids: list[int], ends: list[int]) -> list[float]:
+    """Scores of the steps that end at `ends`, from the logits (L + W, V) of a plain forward pass.
+
+    start: how many tokens the prompt has.
+    """
+    scores, begin = [], 0
+    for end in ends:
+        likely = 0.0
+        for place in range(begin, end):
+            likely += logits[start + place - 1].log_softmax(-1)[ids[place]].item()
+        score = prm.likelihood * likely / (end - begin)
+        if prm.marks:
+            good, bad = logits[start + end - 1, list(prm.marks)].tolist()
+            score += prm.mark_weight * (good - bad)
+        scores.append(1 / (1 + math.exp(-score)))
+        begin = end
+    return scores
 
 
 @pytest.fixture(scope="session")

@@ -1,36 +1,44 @@
 """The study in miniature: every row of the paper's tables 1 to 3, and some past it.
 
-    python tests/study.py                                # every row, seeds 0 1 2, one by one
+    python tests/study.py                                # every row, 8 seeds or 3, one by one
     python tests/study.py --only M-STaR Top-2 --seeds 0  # some of them
     python tests/study.py --table runs/study/rows.jsonl  # the table and the paired differences
     python tests/study.py --compare runs/a runs/b        # what training changed, in several runs
-    python tests/study.py --document tests/STUDY.md      # the tables of tests/study_rows.jsonl
+    python tests/study.py --properties runs/toy          # what the world and the PRM are like
+    python tests/study.py --document                     # STUDY.md from study_rows.jsonl
 
 Reads   data/toy (python tests/toy.py makes it)
 Writes  runs/study/seed<S>/01_warmup, 02_train_prm   shared by all rows of a seed
+        runs/study/seed<S>/mixed, likelihood         other PRMs for the rows that compare them
         runs/study/seed<S>/<row>/03_self_evolve/     one run, as stage 03 writes it
         runs/study/seed<S>/<row>/verdicts/           its greedy answers to the test and ood prompts
-        runs/study/rows.jsonl                        a line per run: flags, budget, verdicts
+        runs/study/rows.jsonl                        a line per run: flags, budget, looks, verdicts
         <first run>/compare.png                      --compare: the dynamics of several runs
+        tests/STUDY.md, study.png, study_forest.png  --document
 
 A run is stage 03 with a row's flags; then its policy answers every test and ood prompt greedily. To
 save time the dynamics are looked at only after a run's last iteration, but for the rows about
 temperature. A driver that was killed goes on where it was and repeats no finished run. Rows that
-other flags or data made are refused, flags that contradict each other too, before anything runs; a
-run that stage 03 refuses later is left out and named at the end. Several drivers may share the
-folder: a run that another one is at is left to it.
+other flags, code or data made are refused, flags that contradict each other too, before anything
+runs; a run that stage 03 refuses later is left out and named at the end. Several drivers may share
+the folder: a run that another one is at is left to it.
 
 The tables: means over seeds with 95 % intervals over seeds and prompts; differences are paired, the
-same seeds and prompts on both sides. --compare never pools runs that differ in more than the seed.
+same seeds and prompts on both sides. The verdicts on the paper's findings take wider intervals,
+corrected for their number (Bonferroni). --compare never pools runs that differ in more than the
+seed.
 """
 
 import argparse
+import ast
 import contextlib
 import fcntl
 import functools
+import hashlib
 import importlib
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -43,6 +51,8 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student  # comes with scikit-learn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import toy
 
 import common
 
@@ -79,6 +89,11 @@ ROWS = {
     "Top-1": Row(43.0, 59.0, f"--k 1 {FIXED}"),
     "Top-2": Row(45.3, 59.2, f"{FIXED} {DYNAMICS}"),
     "Top-4": Row(44.0, 58.4, f"--k 4 {FIXED}"),
+    "Top-2, likelihood in the PRM": Row(
+        None, None, f"--prm {{shared}}/mixed/02_train_prm/model {FIXED}"
+    ),
+    "Top-2 by likelihood": Row(None, None, f"--prm {{shared}}/likelihood {FIXED}"),
+    "Top-2 by the chain checker": Row(None, None, f"--prm tests/toy.py:step_scores {FIXED}"),
     "oracle without PRM": Row(42.5, 58.2, f"--unlabeled oracle --select all {FIXED}"),
     "oracle + PRM": Row(42.9, 59.1, f"--unlabeled oracle {FIXED}"),
     "oracle + PRM, mix-in 25 %": Row(None, None, f"--unlabeled oracle --mixin 0.25 {FIXED}"),
@@ -99,22 +114,56 @@ ROWS = {
     "M-STaR, K = 11": Row(None, None, "--samples 11"),  # about as many samples as the next one
     "M-STaR, PRM refreshed": Row(None, None, "--prm_refresh 4"),
 }
-AGAINST = [  # the comparisons behind the paper's findings, and those past it
-    ("M-STaR", "Iterative RFT 100 %"),
-    ("M-STaR", "ReST-EM 100 %"),
+# Flags of 02 for a PRM whose score holds the likelihood of a step's tokens.
+MIXED = "--mark_weight 0.1 --likelihood 6 --epochs 1 --learning_rate 3e-4"
+MANY_SEEDS = (  # the rows that carry a finding
+    *("base", "warm-up", "Iterative RFT 100 %", "ReST-EM 100 %", "continuous 100 %"),
+    *("continuous 25 %", "Random-2", "PRM > alpha", "Top-2", "M-STaR"),
+    *("Top-2, T = 0.5", "Top-2, T = 0.7", "Top-2, T = 1.2"),
+)
+FINDINGS = {  # of the paper: the comparisons that decide them
+    "1. Continuous self-evolving beats iterative RFT and ReST-EM; 25 % is a good interval": [
+        ("M-STaR", "Iterative RFT 100 %"),
+        ("M-STaR", "ReST-EM 100 %"),
+        ("continuous 25 %", "Iterative RFT 100 %"),
+        ("continuous 25 %", "ReST-EM 100 %"),
+        ("continuous 25 %", "continuous 100 %"),
+    ],
+    "2. The PRM is a good reranker: Top-2 helps": [
+        ("Top-2", "Random-2"),
+        ("Top-2", "continuous 25 %"),
+        ("Top-2", "PRM > alpha"),
+    ],
+    "3. Unlabelled prompts do not help, and the later they come the less they hurt": [
+        ("vote, mix-in 0 %", "Top-2"),
+        ("vote, mix-in 75 %", "Top-2"),
+        ("vote, mix-in 75 %", "vote, mix-in 0 %"),
+    ],
+    "5. An adaptive temperature on Reward-Pass@2 helps": [
+        ("M-STaR", "Top-2"),
+        ("M-STaR", "Top-2, T = 0.5"),
+        ("M-STaR", "Top-2, T = 0.7"),
+        ("M-STaR", "Top-2, T = 1.2"),
+        ("M-STaR", "adaptive T on Pass@K"),
+    ],
+}
+DECIDING = [pair for pairs in FINDINGS.values() for pair in pairs]
+FURTHER = [  # other comparisons
+    ("M-STaR", "warm-up"),
+    ("warm-up", "base"),
     ("continuous 100 %", "Iterative RFT 100 %"),
     ("continuous 100 %", "ReST-EM 100 %"),
-    ("continuous 25 %", "Iterative RFT 100 %"),
-    ("continuous 25 %", "ReST-EM 100 %"),
-    ("continuous 25 %", "continuous 100 %"),
     ("continuous 25 %", "continuous 50 %"),
     ("continuous 25 %", "continuous 12.5 %"),
     ("continuous 25 %", "continuous 6.25 %"),
-    ("Top-2", "Random-2"),
+    ("Top-2 by the chain checker", "Random-2"),
+    ("Top-2 by the chain checker", "Top-2"),
+    ("Top-2", "Top-2 by likelihood"),
+    ("Top-2, likelihood in the PRM", "Top-2"),
+    ("Top-2 by likelihood", "Random-2"),
+    ("Top-2, likelihood in the PRM", "Random-2"),
     ("Top-1", "Random-2"),
     ("Random-2", "continuous 25 %"),
-    ("Top-2", "continuous 25 %"),
-    ("Top-2", "PRM > alpha"),
     ("Top-2", "Top-1"),
     ("Top-2", "Top-4"),
     ("Top-1", "continuous 25 %"),
@@ -125,23 +174,17 @@ AGAINST = [  # the comparisons behind the paper's findings, and those past it
     ("oracle + PRM, mix-in 50 %", "Top-2"),
     ("oracle + PRM, mix-in 75 %", "Top-2"),
     ("oracle + PRM, mix-in 75 %", "oracle + PRM"),
-    ("vote, mix-in 0 %", "Top-2"),
     ("vote, mix-in 25 %", "Top-2"),
     ("vote, mix-in 50 %", "Top-2"),
-    ("vote, mix-in 75 %", "Top-2"),
-    ("vote, mix-in 75 %", "vote, mix-in 0 %"),
     ("vote, mix-in 0 %", "majority vote without PRM, mix-in 0 %"),
-    ("M-STaR", "Top-2"),
-    ("M-STaR", "Top-2, T = 0.5"),
-    ("M-STaR", "Top-2, T = 0.7"),
-    ("M-STaR", "Top-2, T = 1.2"),
-    ("M-STaR", "adaptive T on Pass@K"),
     ("M-STaR, PRM refreshed", "M-STaR"),
     ("M-STaR, PRM refreshed", "M-STaR, K = 11"),
     ("M-STaR, K = 11", "M-STaR"),
 ]
 SPLITS = ("test", "ood")
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 BUDGET = ("samples", "extra_samples", "extra_steps")
+LOOK = ("iteration", "temperature", "greedy_accuracy", "pass_at_k", "reward_pass_at_2")
 
 
 # ---- the driver: rows of the study, one run after the other
@@ -203,6 +246,19 @@ def data_digests() -> dict[str, str]:
     return {part: common.digest(f"data/toy/{part}") for part in [*files, "base"]}
 
 
+@functools.cache
+def code_version() -> str:
+    """A digest of what a row is made by: stages 01 to 03 and common.py, their docstrings apart."""
+    sha = hashlib.sha256()
+    for name in ("01_warmup", "02_train_prm", "03_self_evolve", "common"):
+        tree = ast.parse((Path(common.__file__).parent / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        sha.update(ast.dump(tree).encode())
+    return sha.hexdigest()[:16]
+
+
 def identity(name: str, seed: int, args) -> dict:
     """What a finished row must have been made with to count as this one."""
     return {
@@ -210,6 +266,7 @@ def identity(name: str, seed: int, args) -> dict:
         "seed": seed,
         "flags": " ".join(f"{ROWS[name].flags or ''} {args.extra}".split()),
         "shared_flags": [args.extra01, args.extra02],
+        "code": code_version(),
         "data": data_digests(),
     }
 
@@ -225,10 +282,10 @@ def is_finished(name: str, seed: int, table: Path, args) -> bool:
     for row in finished_rows(table):
         if (row["name"], row["seed"]) == (name, seed):
             for key, value in wanted.items():
-                if row[key] != value:
+                if row.get(key) != value:
                     raise common.InputError(
                         f"{table} holds {name!r}, seed {seed}, made with another {key}: "
-                        f"{row[key]!r}, now {value!r}; choose another --out"
+                        f"{row.get(key)!r}, now {value!r}; choose another --out"
                     )
             return True
     return False
@@ -252,7 +309,7 @@ def train_and_judge(name: str, seed: int, out: Path, args) -> dict:
     flags += ["--policy", f"{shared}/01_warmup/model", "--prm", f"{shared}/02_train_prm/model"]
     if "--validate_every" not in row["flags"]:  # what is looked at changes no result
         flags += ["--validate_every", "0"]
-    flags += shlex.split(row["flags"])
+    flags += shlex.split(row["flags"].replace("{shared}", str(shared)))
     budget, seconds = dict.fromkeys((*BUDGET, "steps"), 0), 0.0
     untrained = {"base": "data/toy/base", "warm-up": shared / "01_warmup/model"}
     if name in untrained:
@@ -264,6 +321,7 @@ def train_and_judge(name: str, seed: int, out: Path, args) -> dict:
             budget[key] = sum(row.get(key, 0) for row in metrics)
         budget["steps"] = metrics[-1]["steps"]
         seconds = sum(seconds_of(row) for row in metrics)
+        row["looks"] = [{key: m[key] for key in LOOK} for m in metrics if "pass_at_k" in m]
     start = time.time()
     row |= {"paper_id": ROWS[name].paper_id, "paper_ood": ROWS[name].paper_ood, **budget}
     row["verdicts"] = greedy_verdicts(policy, stage_args)
@@ -304,16 +362,40 @@ def add_row(name: str, seed: int, out: Path, table: Path, args) -> None:
 
 
 def share_stages(seed: int, out: Path, args) -> None:
-    """Warm-up and PRM of a seed, once; a second driver waits for the first."""
-    with locked(out / f"seed{seed}" / ".driver"):
-        for stage, extra in (("01_warmup", args.extra01), ("02_train_prm", args.extra02)):
-            flags = ["--runs", f"{out}/seed{seed}", "--seed", str(seed), "--device", args.device]
-            run(stage, flags + shlex.split(extra))
+    """Warm-up and PRMs of a seed, once; a second driver waits for the first."""
+    shared = out / f"seed{seed}"
+    wanted = " ".join(ROWS[name].flags or "" for name in args.only)
+    with locked(shared / ".driver"):
+        flags = ["--seed", str(seed), "--device", args.device]
+        run("01_warmup", ["--runs", str(shared), *flags, *shlex.split(args.extra01)])
+        run("02_train_prm", ["--runs", str(shared), *flags, *shlex.split(args.extra02)])
+        policy = shared / "01_warmup" / "model"
+        if "{shared}/mixed" in wanted:  # the same labels
+            flags += ["--labels", f"{shared}/02_train_prm/steps.jsonl", "--policy", str(policy)]
+            flags += ["--runs", f"{shared}/mixed", *shlex.split(f"{args.extra02} {MIXED}")]
+            run("02_train_prm", flags)
+        if "{shared}/likelihood" in wanted:
+            likelihood_prm(policy, shared / "likelihood")
+
+
+def likelihood_prm(policy: Path, path: Path) -> None:
+    """A policy folder as a PRM that ranks by its own likelihood."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        shutil.copytree(policy, part, dirs_exist_ok=True)
+        common.write_json(part / "prm.json", {"marks": None, "likelihood": 1.0})
+        part.rename(path)
+
+
+def seeds_for(name: str, args) -> list[int]:
+    """The seeds that a row is made with, unless --seeds says otherwise."""
+    return args.seeds or list(range(8 if name in MANY_SEEDS else 3))
 
 
 def missing_rows(table: Path, args) -> list[tuple[str, int]]:
-    """The wanted (row, seed) that the table does not hold."""
-    wanted = [(name, seed) for name in args.only for seed in args.seeds]
+    """The wanted (row, seed) that the table does not hold, seed by seed."""
+    wanted = [(name, seed) for name in args.only for seed in seeds_for(name, args)]
+    wanted.sort(key=lambda key: key[1])  # stable
     return [key for key in wanted if not is_finished(*key, table, args)]
 
 
@@ -329,10 +411,9 @@ def drive(args) -> None:
         if ROWS[name].flags is not None:
             flags = shlex.split(f"{ROWS[name].flags} {args.extra}")
             importlib.import_module("03_self_evolve").check_flags(parsed("03_self_evolve", flags))
-    for seed in sorted({seed for _, seed in missing_rows(table, args)}):
-        share_stages(seed, out, args)
     for name, seed in missing_rows(table, args):
         try:
+            share_stages(seed, out, args)
             add_row(name, seed, out, table, args)
         except common.InputError as error:  # the other rows can do without this one
             print(f"error: {name}, seed {seed}: {error}", file=sys.stderr, flush=True)
@@ -343,8 +424,8 @@ def drive(args) -> None:
 # ---- the table of the study
 
 
-def crossed_interval(values: np.ndarray, resamples: int, seed: int = 0) -> dict:
-    """Mean of values (seeds, prompts) and its 95 % interval over seeds and prompts.
+def crossed_interval(values: np.ndarray, resamples: int, seed: int = 0, level=0.95) -> dict:
+    """Mean of values (seeds, prompts) and its interval over seeds and prompts, 95 % unless said.
 
     Every seed answers the same prompts. The part between seeds is Student's t with s - 1 degrees of
     freedom, the part between prompts a bootstrap; what seeds and prompts do together is in both, so
@@ -362,7 +443,8 @@ def crossed_interval(values: np.ndarray, resamples: int, seed: int = 0) -> dict:
         quantiles = student.ppf((np.arange(resamples) + 0.5) / resamples, s - 1)
         between = error * rng.permutation(quantiles)
     picks = rng.integers(n, size=(resamples, n))  # (R, n)
-    low, high = np.percentile(between + values.mean(0)[picks].mean(1), [2.5, 97.5])
+    tails = [50 * (1 - level), 50 * (1 + level)]
+    low, high = np.percentile(between + values.mean(0)[picks].mean(1), tails)
     mean = float(values.mean())
     return {"mean": mean, "low": float(low), "high": float(high), "seeds": s, "n": n}
 
@@ -372,10 +454,11 @@ def by_name(rows: list[dict]) -> dict[str, dict[int, dict]]:
     names: dict = {}
     for row in rows:
         names.setdefault(row["name"], {})[row["seed"]] = row
-        if (row["data"], row["shared_flags"]) != (rows[0]["data"], rows[0]["shared_flags"]):
-            raise common.InputError(
-                "some rows were made with different data or shared flags; keep them in two files"
-            )
+        for key in ("data", "code", "shared_flags"):
+            if row.get(key) != rows[0].get(key):
+                raise common.InputError(
+                    f"some rows were made with different {key}; keep them in two files"
+                )
     for name, seeds in names.items():
         if len({row["flags"] for row in seeds.values()}) > 1:
             raise common.InputError(f"the seeds of {name!r} were made with different flags")
@@ -428,19 +511,159 @@ def study_table(rows: list[dict], resamples: int = 2000) -> str:
     return markdown(lines)
 
 
+def seeds_of_pair(names: dict, pair: tuple) -> list[int]:
+    """The seeds that both rows of a pair have."""
+    a, b = pair
+    return sorted(set(names.get(a, ())) & set(names.get(b, ())))
+
+
+def difference(names: dict, pair: tuple, split: str, **how) -> dict:
+    """The paired difference of two rows: its interval over seeds and prompts."""
+    mine, other = (verdicts_of(names[name], seeds_of_pair(names, pair), split) for name in pair)
+    return crossed_interval(mine - other, **how)
+
+
+def seeds_needed(names: dict, pair: tuple, split: str, points: float = 2.0) -> str:
+    """Seeds with which a difference of `points` is seen in four of five studies, at 95 %.
+
+    n = ((1.96 + 0.84) sd / points)^2, sd: of the difference between seeds, which holds the
+    prompts' own noise too; "-" with fewer than three seeds.
+    """
+    seeds = seeds_of_pair(names, pair)
+    if len(seeds) < 3:
+        return "-"
+    mine, other = (verdicts_of(names[name], seeds, split) for name in pair)
+    deviation = 100 * (mine - other).mean(1).std(ddof=1)
+    return str(max(1, int(np.ceil((2.8 * deviation / points) ** 2))))
+
+
 def difference_table(rows: list[dict], against: list[tuple], resamples: int = 2000) -> str:
     """Paired differences of rows (A, B) over the seeds that both have, if there are any."""
     names = by_name(rows)
-    lines = [["paired difference", "test (ID)", "ood", "seeds"]]
-    for a, b in against:
-        seeds = sorted(set(names.get(a, ())) & set(names.get(b, ())))
-        if seeds:
-            cells = []
+    header = ["paired difference", "test (ID)", "ood", "seeds", "seeds for 2 points, test / ood"]
+    lines = [header]
+    for pair in against:
+        if seeds := seeds_of_pair(names, pair):
+            line = [" - ".join(pair)]
             for split in SPLITS:
-                mine, other = (verdicts_of(names[name], seeds, split) for name in (a, b))
-                cells.append(evaluate.show(crossed_interval(mine - other, resamples), "+"))
-            lines.append([f"{a} - {b}", *cells, str(len(seeds))])
+                found = difference(names, pair, split, resamples=resamples)
+                line.append(evaluate.show(found, "+"))
+            needed = " / ".join(seeds_needed(names, pair, split) for split in SPLITS)
+            lines.append([*line, str(len(seeds)), needed])
     return markdown(lines)
+
+
+def verdict(found: dict) -> str:
+    """What an interval says of a difference.
+
+    >>> verdict({"low": 0.01, "high": 0.1}), verdict({"low": -0.01, "high": 0.1})
+    ('above', 'not decided')
+    """
+    if found["low"] > 0:
+        return "above"
+    return "below" if found["high"] < 0 else "not decided"
+
+
+def findings_table(rows: list[dict], resamples: int = 20000) -> str:
+    """The comparisons that decide the paper's findings, by intervals corrected for their number."""
+    names = by_name(rows)
+    level = 1 - 0.05 / (len(DECIDING) * len(SPLITS))
+    lines = [["", "paper, test / ood", "test (ID)", "", "ood", "", "seeds"]]
+    for finding, pairs in FINDINGS.items():
+        lines.append([f"*{finding}*", *[""] * 6])
+        for pair in pairs:
+            seeds = seeds_of_pair(names, pair)
+            line = [" - ".join(pair), paper_difference(names, pair)]
+            for split in SPLITS:
+                if len(seeds) < 2:
+                    line += ["-", "not measured"]
+                    continue
+                found = difference(names, pair, split, resamples=resamples, level=level)
+                line += [evaluate.show(found, "+"), verdict(found)]
+            lines.append([*line, str(len(seeds))])
+    return markdown(lines)
+
+
+def paper_difference(names: dict, pair: tuple) -> str:
+    """The paper's difference of two rows in points, test and ood, or "-"."""
+    gaps = [paper_gap(names, pair, key) for key in ("paper_id", "paper_ood")]
+    return "-" if None in gaps else " / ".join(f"{gap:+.1f}" for gap in gaps)
+
+
+def paper_gap(names: dict, pair: tuple, key: str) -> float | None:
+    """The paper's difference of two rows in one of its columns, if it has both."""
+    found = [getattr(ROWS[name], key) if name in ROWS else None for name in pair]
+    return None if None in found else found[0] - found[1]
+
+
+def draw_forest(rows: list[dict], path: Path, resamples: int = 2000) -> None:
+    """Every paired difference with its 95 % interval, beside the paper's."""
+    names = by_name(rows)
+    pairs = [pair for pair in [*DECIDING, *FURTHER] if len(seeds_of_pair(names, pair)) > 1]
+    places = np.arange(len(pairs))[::-1]
+    figure = Figure(figsize=(11, 1.5 + 0.27 * len(pairs)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, split, key in zip(axes, SPLITS, ("paper_id", "paper_ood")):
+        found = [difference(names, pair, split, resamples=resamples) for pair in pairs]
+        means, lows, highs = (
+            100 * np.array([one[part] for one in found]) for part in ("mean", "low", "high")
+        )
+        reach = [means - lows, highs - means]
+        axis.errorbar(means, places, xerr=reach, fmt="o", ms=4, capsize=2, label="here, 95 %")
+        theirs = [paper_gap(names, pair, key) for pair in pairs]
+        known = [i for i, gap in enumerate(theirs) if gap is not None]
+        axis.plot([theirs[i] for i in known], places[known], "D", mfc="none", label="paper")
+        axis.axvline(0, color="k", lw=0.8)
+        axis.set(title=split, xlabel="difference of greedy accuracy, points")
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(places, [" - ".join(pair) for pair in pairs], fontsize=8)
+    axes[0].legend(loc="lower left", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+COMPARED = (
+    *("base", "warm-up", "Iterative RFT 100 %", "ReST-EM 100 %", "continuous 25 %"),
+    *("Random-2", "Top-2", "M-STaR", "Top-2 by the chain checker"),
+)
+
+
+def draw_looks(axis, looks: list[list[dict]]) -> None:
+    """Greedy accuracy, Pass@K and Reward-Pass@2 over iterations: mean and range over seeds."""
+    steps = [look["iteration"] for look in looks[0]]
+    for key in ("pass_at_k", "reward_pass_at_2", "greedy_accuracy"):
+        curves = 100 * np.array([[look[key] for look in run] for run in looks])  # (seeds, looks)
+        axis.plot(steps, curves.mean(0), "o-", ms=3, label=key.replace("_", " "))
+        axis.fill_between(steps, curves.min(0), curves.max(0), alpha=0.15)
+    axis.set(title=f"M-STaR on validation, {seeds_of(len(looks))}", xlabel="iteration", ylabel="%")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+
+
+def draw_study(rows: list[dict], path: Path, resamples: int = 2000) -> None:
+    """The README's picture: the main comparison, and M-STaR's dynamics where rows hold looks."""
+    names = by_name(rows)
+    looks = [row["looks"] for row in names["M-STaR"].values() if "looks" in row]
+    figure = Figure(figsize=(11 if looks else 8, 3.8), layout="constrained")
+    if looks:
+        left, right = figure.subplots(1, 2, width_ratios=[1, 1.3])
+        draw_looks(left, looks)
+    else:
+        right = figure.subplots()
+    shown = [name for name in COMPARED if name in names]
+    for split, shift in zip(SPLITS, (-0.17, 0.17)):
+        found = []
+        for name in shown:
+            verdicts = verdicts_of(names[name], sorted(names[name]), split)
+            found.append(crossed_interval(verdicts, resamples))
+        means = 100 * np.array([one["mean"] for one in found])
+        lows, highs = (100 * np.array([one[part] for one in found]) for part in ("low", "high"))
+        places = np.arange(len(shown))[::-1] + shift
+        right.barh(places, means, 0.32, xerr=[means - lows, highs - means], label=split)
+    right.set_yticks(np.arange(len(shown))[::-1], shown, fontsize=8)
+    right.set(title="greedy accuracy after the same budget, 95 %", xlabel="%", xlim=(0, 100))
+    right.legend(fontsize=8)
+    right.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
 def pairs_of(texts: list[str], rows: list[dict]) -> list[tuple]:
@@ -457,23 +680,136 @@ def pairs_of(texts: list[str], rows: list[dict]) -> list[tuple]:
     return pairs
 
 
-def document(rows: list[dict]) -> str:
-    """tests/STUDY.md: both tables, and how they were made."""
-    return f"""# The study
+def document(rows: list[dict], folder: Path) -> None:
+    """tests/STUDY.md with its pictures: all tables, and how they were made."""
+    draw_forest(rows, folder / "study_forest.png")
+    draw_study(rows, folder / "study.png")
+    text = f"""# The study
 
-Every row of the paper's tables 1 to 3, and some past it, on the toy world: measured with commit
-4a787f7, before stage 03 ran as phases; same flags, seeds and budgets. Accuracy in percent with 95 %
-intervals over seeds and prompts (Student's t between seeds, a bootstrap over prompts; of one seed
-over prompts only). "extra" are the samples of the temperature search and of a refreshed PRM, whose
-steps are added too. `tests/study_rows.jsonl` keeps the verdict on every prompt of each run.
+Every row of the paper's tables 1 to 3, and some past it, on the toy world. Accuracy in percent with
+95 % intervals over seeds and prompts (Student's t between seeds, a bootstrap over prompts). "extra"
+are the samples of the temperature search and of a refreshed PRM, whose steps are added too.
+`study_rows.jsonl` keeps the verdict on every prompt of each run, beside a digest of its data and,
+for rows made from now on, of the code. These were measured with commit 4a787f7, before stage 03 ran
+as phases; same flags, seeds and budgets.
 
-    python tests/study.py --table tests/study_rows.jsonl   # these tables
-    python tests/study.py --document tests/STUDY.md        # this file
+    python tests/study.py                                  # makes the rows, in runs/study
+    python tests/study.py --table tests/study_rows.jsonl   # the tables
+    python tests/study.py --document                       # this file and its pictures
+
+## The paper's findings
+
+Intervals here are corrected for the {len(DECIDING) * len(SPLITS)} comparisons of this table
+(Bonferroni), so they are wider than those below.
+
+{findings_table(rows)}
+## All rows
 
 {study_table(rows)}
-Differences are paired over seeds and prompts:
+## All paired differences
 
-{difference_table(rows, AGAINST)}"""
+Paired over seeds and prompts, 95 %, not corrected for their number. The last column: how many seeds
+a difference of 2 points would need to be seen in four studies of five, by the spread between seeds.
+
+![all paired differences beside the paper's](study_forest.png)
+
+{difference_table(rows, [*DECIDING, *FURTHER])}"""
+    common.write_atomic(folder / "STUDY.md", [text])
+
+
+# ---- properties: what the world and the PRM are like, on validation alone
+
+
+def share(values) -> str:
+    """A mean in percent; "-" of none.
+
+    >>> share([True, False]), share([])
+    ('50.0', '-')
+    """
+    values = list(values)
+    return f"{100 * sum(values) / len(values):.1f}" if values else "-"
+
+
+def properties(runs: list[str]) -> str:
+    """What the warm-up policies and PRMs of some runs are like on val prompts, a column per run."""
+    columns = [run_properties(Path(run)) for run in runs]
+    lines = [["", *runs]]
+    for name in columns[0]:
+        lines.append([name, *(column[name] for column in columns)])
+    return markdown(lines)
+
+
+def run_properties(run: Path) -> dict[str, str]:
+    """The properties of one run, which has a warm-up and a PRM: {what: figure}."""
+    args = parsed("02_train_prm", ["--runs", str(run)])
+    val = common.read_json(common.unchanged(run / "02_train_prm" / "run.json"))["flags"]["val"]
+    out = common.open_run(args, "properties", {"val": val, "policy": run / "01_warmup/model"})
+    examples = common.load_examples(val)
+    by_id, found = common.by_id_of(examples), {}
+    prms = {"PRM": run / "02_train_prm" / "model", "own likelihood": out / "likelihood"}
+    likelihood_prm(run / "01_warmup" / "model", out / "likelihood")
+    try:
+        for name, policy in (("base", "data/toy/base"), ("warm-up", run / "01_warmup/model")):
+            with common.Sampler(policy, args) as sampler:
+                sampler.look(out, name, examples, 16, 1.0, "properties")
+            found |= policy_properties(out, name, by_id)
+        for name, prm in prms.items():
+            rows = rescored(out / "warm-up_samples.jsonl", prm, by_id, args)
+            found |= prm_properties(name, rows, by_id)
+    finally:
+        common.close_runs()
+    return found
+
+
+def policy_properties(out: Path, name: str, by_id: dict) -> dict[str, str]:
+    """Accuracy, Pass@16, direct answers by kind of question, and right chains of a policy."""
+    greedy = common.read_jsonl(out / f"{name}_greedy.jsonl")
+    samples = list(common.by_prompt(common.read_jsonl(out / f"{name}_samples.jsonl")))
+    found = {f"{name}: greedy": share(row["correct"] for row in greedy)}
+    found[f"{name}: Pass@16"] = share(any(r["correct"] for r in rows) for _, rows in samples)
+    direct: dict = {True: [], False: []}
+    for prompt, rows in samples:
+        with_sum = "sum" in by_id[prompt]["plan"]["ops"]
+        direct[with_sum] += ["\n" not in row["response"] for row in rows]
+    shares = f"{share(direct[True])} / {share(direct[False])}"
+    found[f"{name}: direct answers to questions with a sum / without"] = shares
+    right = [common.distinct(r for r in rows if r["correct"]) for _, rows in samples]
+    right = [rows for rows in right if rows]
+    found[f"{name}: distinct right responses where any"] = f"{np.mean(list(map(len, right))):.1f}"
+    chains = [toy.judge(r["response"], by_id[r["id"]]) for g in right if len(g) > 2 for r in g]
+    found[f"{name}: right chains among them, of 3 or more"] = share(chains)
+    return found
+
+
+def rescored(path: Path, prm: Path, by_id: dict, args) -> list[dict]:
+    """The right distinct responses of a file of samples with the rewards of another PRM."""
+    model, rows = common.load_prm(prm, args), common.read_jsonl(path)
+    groups = [
+        common.distinct(row for row in g if row["correct"]) for _, g in common.by_prompt(rows)
+    ]
+    groups = [group for group in groups if len(group) > 2]
+    examples = [by_id[group[0]["id"]] for group in groups]
+    token_ids = [[row["token_ids"] for row in group] for group in groups]
+    scored = []
+    for group, found in zip(groups, common.score_steps(model, examples, token_ids, args)):
+        for row, steps in zip(group, found):
+            scored.append(row | {"reward": common.response_reward(steps, args.aggregate)})
+    return scored
+
+
+def prm_properties(name: str, rows: list[dict], by_id: dict) -> dict[str, str]:
+    """How well rewards tell right chains from wrong ones with the same right answer."""
+    stage = importlib.import_module("02_train_prm")
+    chains = stage.chain_report(rows, by_id, toy.judge)
+    top, every = [], []
+    for prompt, group in common.by_prompt(rows):
+        right = [toy.judge(row["response"], by_id[prompt]) for row in group]
+        top += [right[i] for i in common.top_k([row["reward"] for row in group], 2)]
+        every += right
+    return {
+        f"{name}: right chain above wrong chain": share([chains["right_chain_above_wrong_chain"]]),
+        f"{name}: right chains among Top-2 / all": f"{share(top)} / {share(every)}",
+    }
 
 
 # ---- several runs: what training changed
@@ -632,7 +968,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", default="runs/study")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="default: 8 for rows that carry a finding, else 3"
+    )
     parser.add_argument("--only", nargs="+", default=list(ROWS), help="names of rows")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--extra", default="", help="flags for every 03_self_evolve.py")
@@ -642,11 +980,13 @@ def main() -> None:
     parser.add_argument("--against", nargs="+", metavar="A/B", help="with --table: these pairs")
     parser.add_argument("--resamples", type=int, default=2000, help="of the intervals of tables")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="print what training changed")
-    parser.add_argument("--document", metavar="FILE", help="write the tables of study_rows.jsonl")
+    parser.add_argument("--properties", nargs="+", metavar="RUN", help="of world and PRM, on val")
+    parser.add_argument("--document", action="store_true", help="STUDY.md from study_rows.jsonl")
     args = parser.parse_args()
     if args.table:
         rows = common.read_jsonl(args.table)
-        against = pairs_of(args.against, rows) if args.against else AGAINST
+        against = pairs_of(args.against, rows) if args.against else [*DECIDING, *FURTHER]
+        print(findings_table(rows))
         print(study_table(rows, args.resamples))
         print(difference_table(rows, against, args.resamples))
     elif args.compare:
@@ -655,7 +995,9 @@ def main() -> None:
         print(f"wrote {chart}")
         print(dynamics_table(args.compare, args.resamples))
     elif args.document:
-        common.write_atomic(args.document, [document(common.read_jsonl(MEASURED))])
+        document(common.read_jsonl(MEASURED), MEASURED.parent)
+    elif args.properties:
+        print(properties(args.properties))
     else:
         drive(args)
 

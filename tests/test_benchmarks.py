@@ -14,7 +14,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import stage
+from conftest import READ_AS, stage
 from PIL import Image
 from sklearn.metrics import f1_score
 
@@ -564,7 +564,7 @@ def test_the_prm_scores_every_step_of_a_response_and_none_of_one_that_is_joined(
 ):
     folder, prm = tmp_path / "visualprocessbench", tmp_path / "prm"
     shutil.copytree(tiny, prm)
-    common.write_json(prm / "prm.json", {"marks": [3, 4]})
+    common.write_json(prm / "prm.json", READ_AS)
     blank = process(30, ["3 + 4 = 7", " \n", "Answer : 7"], [1, 1, 1])
     process_bench(folder, [*PROCESSES[:5], blank])
     examples = list(made("visualprocessbench", folder).values())
@@ -726,7 +726,7 @@ def test_evaluation_on_benchmarks_writes_every_verdict_and_every_table(tmp_path,
     runs = tmp_path / "runs"
     for name in ("01_warmup", "02_train_prm", "03_self_evolve"):
         shutil.copytree(tiny, runs / name / "model")
-    common.write_json(runs / "02_train_prm/model/prm.json", {"marks": [3, 4]})
+    common.write_json(runs / "02_train_prm/model/prm.json", READ_AS)
     flags = {"flags": vars(evolve.Args(samples=2)), "inputs": {}}
     common.write_json(runs / "03_self_evolve/run.json", flags)
     look = {"iteration": 0, "temperature": 1.0, "greedy_accuracy": 1}

@@ -609,6 +609,28 @@ def test_a_bare_answer_is_no_right_chain_and_ood_questions_are_other_questions()
     assert not set(toy.IN_DOMAIN) & set(toy.OUT_OF_DOMAIN)
 
 
+@pytest.mark.parametrize(
+    "chain, scores",
+    [
+        ("sum of row 1 : 1 2 3 = 6\nmaximum of row 2 : 4 5 0 = 5\n6 - 5 = 1\nAnswer : 1", "1111"),
+        ("sum of row 1 : 1 2 3 = 6\nmaximum of row 2 : 4 5 1 = 5\n6 - 5 = 1\nAnswer : 1", "1010"),
+        ("sum of row 1 : 1 2 3 = 6\n6 - 5 = 1\nAnswer : 1", "100"),  # nobody read the 5
+        ("Answer : 1", "0"),
+        ("", ""),
+    ],
+)
+def test_the_perfect_process_reward_of_a_chain_is_that_of_a_judge(chain, scores):
+    plan = {"ops": ("sum", "minus", "maximum"), "lines": ("row 1", "row 2")}
+    example = {
+        "plan": plan,
+        "answer": "1",
+        "choices": None,
+        "grid": [[1, 2, 3], [4, 5, 0], [2, 2, 2]],
+    }
+    assert toy.step_scores(chain, example) == [float(score) for score in scores]
+    assert toy.judge(chain, example) is (scores == "1111")
+
+
 def test_pretraining_asks_in_the_words_of_the_stages():
     example = {"question": "q ?", "choices": ["1", "2"]}
     asked = common.user_text(example, common.CommonArgs().instruction)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, stage
+from conftest import READ_AS, ROOT, stage
 
 import common
 
@@ -49,7 +49,7 @@ def place(world, tmp_path, monkeypatch):
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     for name in ("01_warmup", "02_train_prm"):
         shutil.copytree(world / "base", tmp_path / f"runs/toy/{name}/model")
-    common.write_json(tmp_path / "runs/toy/02_train_prm/model/prm.json", {"marks": [3, 4]})
+    common.write_json(tmp_path / "runs/toy/02_train_prm/model/prm.json", READ_AS)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     common.close_runs()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from conftest import ROOT, one_by_one, pil, seeds_of, stage
+from conftest import ROOT, one_by_one, pil, scores_by_hand, seeds_of, stage
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
@@ -463,15 +463,15 @@ def test_the_next_token_is_that_of_an_uncached_forward_pass(loaded):
 def test_cached_scores_are_those_of_an_uncached_forward_pass(loaded):
     policy, examples, args = loaded
     good, bad = policy.tokenizer.convert_tokens_to_ids(["+", "-"])
-    prm = common.Prm(**vars(policy), marks=(good, bad))
+    prm = common.Prm(**vars(policy), marks=(good, bad), mark_weight=0.5, likelihood=0.5)
     tokens = [policy.tokenizer(text)["input_ids"] for text in RESPONSES]
     responses = [[tokens[i % 4], tokens[(i + 1) % 4]] for i in range(4)]
     found = common.score_steps(prm, examples[:4], responses, args)
     for example, row, scores in zip(examples, responses, found):
         for ids, mine in zip(row, scores):
             logits, start = unpadded_logits(policy, example, ids, args)
-            at = [start + end - 1 for end in common.step_ends(ids, policy.tokenizer)]
-            wanted = (logits[at, good] - logits[at, bad]).sigmoid().tolist()
+            ends = common.step_ends(ids, policy.tokenizer)
+            wanted = scores_by_hand(prm, logits, start, ids, ends)
             assert len(mine) > 1
             assert mine == pytest.approx(wanted, abs=2e-4)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ids_of, one_by_one, seeds_of, stage
+from conftest import READ_AS, ids_of, one_by_one, scores_by_hand, seeds_of, stage
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -206,10 +206,10 @@ TEXTS = [
 ]
 
 
-def prm_of(policy):
-    """The random model as a PRM that is read at + and -."""
+def prm_of(policy, likelihood=0.5):
+    """The random model as a PRM that is read at + and -, and at its own likelihood."""
     marks = policy.tokenizer.convert_tokens_to_ids(["+", "-"])
-    return common.Prm(**vars(policy), marks=tuple(marks))
+    return common.Prm(**vars(policy), marks=tuple(marks), mark_weight=0.5, likelihood=likelihood)
 
 
 @pytest.fixture
@@ -523,7 +523,6 @@ class Capped(transformers.Idefics3ForConditionalGeneration):
 def test_logits_that_the_model_caps_after_its_head_are_the_ones_that_count(policy, examples, args):
     ids = [policy.tokenizer(text)["input_ids"] for text in TEXTS[:2]]
     prm = prm_of(policy)
-    good, bad = prm.marks
     wanted, scores = 0.0, []
     for example, response in zip(examples, ids):
         tail = [*response, policy.tokenizer.eos_token_id]
@@ -531,8 +530,8 @@ def test_logits_that_the_model_caps_after_its_head_are_the_ones_that_count(polic
         with torch.no_grad():
             capped = 5 * torch.tanh(policy.model(**batch).logits[0] / 5)
         wanted += F.cross_entropy(capped[start - 1 : -1], torch.tensor(tail), reduction="sum")
-        at = [start + end - 1 for end in common.step_ends(response, policy.tokenizer)]
-        scores.append((capped[at, good] - capped[at, bad]).sigmoid().tolist())
+        ends = common.step_ends(response, policy.tokenizer)
+        scores.append(scores_by_hand(prm, capped, start, response, ends))
     plain = common.sft_loss(policy, examples[:2], ids, args)[0].item()
     policy.model.__class__ = Capped
     capped = common.sft_loss(policy, examples[:2], ids, args)[0].item()
@@ -572,8 +571,7 @@ def reference_scores(prm, example, ids, args) -> list[float]:
     batch, start = one_by_one(prm, example, ids, args)
     with torch.no_grad():
         logits = prm.model(**batch).logits[0]
-    at = [start + end - 1 for end in common.step_ends(ids, prm.tokenizer)]
-    return (logits[at, prm.marks[0]] - logits[at, prm.marks[1]]).sigmoid().tolist()
+    return scores_by_hand(prm, logits, start, ids, common.step_ends(ids, prm.tokenizer))
 
 
 def test_scores_do_not_depend_on_batch_or_padding(policy, examples, args):
@@ -596,6 +594,43 @@ def test_scores_do_not_depend_on_batch_or_padding(policy, examples, args):
                     wanted = reference_scores(prm, example, response, args)
                     assert scores == pytest.approx(wanted, abs=1e-5)
     assert common.score_steps(prm, examples[:2], [[], []], args) == [[], []]
+
+
+@pytest.mark.parametrize("read_as", [(None, 0.0, 1.0), ((3, 4), 1.0, 0.0), ((3, 4), 0.5, 3.0)])
+def test_a_prm_is_read_at_its_marks_at_its_likelihood_or_at_both(policy, examples, args, read_as):
+    prm = common.Prm(
+        **vars(policy), marks=read_as[0], mark_weight=read_as[1], likelihood=read_as[2]
+    )
+    ids = [policy.tokenizer(text)["input_ids"] for text in TEXTS]
+    (found,) = common.score_steps(prm, examples[:1], [ids], args)
+    for response, scores in zip(ids, found):
+        wanted = reference_scores(prm, examples[0], response, args)
+        assert scores == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_rule_scores_in_place_of_a_prm(policy, tiny, examples, args, tmp_path):
+    (tmp_path / "rule.py").write_text(
+        "def score(response, example):\n    return [len(response) / 1000, 0.5]\n"
+    )
+    known = examples[0] | {"answer": "3", "choices": None}
+    with common.Sampler(tiny, args, prm=f"{tmp_path}/rule.py:score") as sampler:
+        sampler.sample(tmp_path / "all.jsonl", [known], 6, 1.0, "rule")
+        sampler.sample(tmp_path / "right.jsonl", [known], 6, 1.0, "rule", right_only=True)
+    for name, right_only in (("all", False), ("right", True)):
+        for row in common.read_jsonl(tmp_path / f"{name}.jsonl"):
+            scored = row["finished"] and (row["correct"] or not right_only)
+            wanted = [round(len(row["response"]) / 1000, 6), 0.5] if scored else []
+            assert row["step_scores"] == wanted
+            least = min(wanted) if wanted else -1.0
+            assert row["reward"] == (max(least, 0.0) if right_only else least)
+
+
+@pytest.mark.parametrize("scores", ["0.5", "[1.5]", "['x']", "None", "[float('nan')]"])
+def test_a_rule_that_gives_no_step_scores_is_refused(tmp_path, scores):
+    (tmp_path / "rule.py").write_text(f"def score(response, example):\n    return {scores}\n")
+    rule = common.load_rule(f"{tmp_path}/rule.py:score")
+    with pytest.raises(common.InputError, match="--prm .*rule.py:score fails: "):
+        rule("7", {})
 
 
 def test_long_and_short_responses_are_scored_together(policy, examples, args):
@@ -1102,7 +1137,7 @@ def test_a_broken_checkpoint_is_refused(tiny, tmp_path, args):
 
 
 def test_saved_policies_and_prms_are_plain_hugging_face_folders(tiny, policy, args, tmp_path):
-    prm = common.Prm(**vars(policy), marks=(3, 4))
+    prm = common.Prm(**vars(policy), marks=(3, 4), mark_weight=0.5, likelihood=2.5)
     common.save_policy(prm, tmp_path / "m", args)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "m")
     processor = AutoProcessor.from_pretrained(tmp_path / "m")
@@ -1113,7 +1148,8 @@ def test_saved_policies_and_prms_are_plain_hugging_face_folders(tiny, policy, ar
     )
     with safe_open(tmp_path / "m/model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
-    assert common.load_prm(tmp_path / "m", args).marks == (3, 4)
+    loaded = common.load_prm(tmp_path / "m", args)
+    assert (loaded.marks, loaded.mark_weight, loaded.likelihood) == ((3, 4), 0.5, 2.5)
     common.save_policy(policy, tmp_path / "p", args)
     assert not (tmp_path / "p/prm.json").exists()
 
@@ -1169,12 +1205,27 @@ def test_a_checkpoint_without_chat_template_or_processor_is_refused(tiny, args, 
         common.load_policy(tmp_path / "m", args)
 
 
-@pytest.mark.parametrize("marks", [[3], [3, 3], [3, 10**6], "ab", None, [3, 4, 5], [3, 4.5]])
+@pytest.mark.parametrize(
+    "marks", [[3], [3, 3], [3, 10**6], "ab", [3, 4, 5], [3, 4.5], [3, -1], {"a": 3}]
+)
 def test_a_prm_whose_marks_are_not_two_tokens_is_refused(tiny, args, tmp_path, marks):
     shutil.copytree(tiny, tmp_path / "m")
-    (tmp_path / "m/prm.json").write_text(json.dumps({"marks": marks}))
-    with pytest.raises(common.InputError, match="marks must be two token ids"):
+    (tmp_path / "m/prm.json").write_text(json.dumps(READ_AS | {"marks": marks}))
+    with pytest.raises(common.InputError, match="marks.* two token ids"):
         common.load_prm(tmp_path / "m", args)
+
+
+@pytest.mark.parametrize("likelihood", [-1, "3", None, [1.0], float("nan"), float("inf"), 0])
+def test_a_prm_that_nothing_is_read_at_is_refused(tiny, args, tmp_path, likelihood):
+    shutil.copytree(tiny, tmp_path / "m")
+    file = tmp_path / "m/prm.json"
+    file.write_text(json.dumps({"marks": None, "likelihood": likelihood}))
+    with pytest.raises(common.InputError, match="prm.json: ma"):
+        common.load_prm(tmp_path / "m", args)
+    for weight in (-1, "3", None, float("nan")):
+        file.write_text(json.dumps(READ_AS | {"mark_weight": weight}))
+        with pytest.raises(common.InputError, match="prm.json: ma"):
+            common.load_prm(tmp_path / "m", args)
 
 
 # ---- settings of the processor

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, stage
+from conftest import READ_AS, ROOT, stage
 from safetensors.torch import load_file
 
 import common
@@ -256,7 +256,7 @@ def place(folder: Path, world: Path) -> Path:
     """A working directory with the toy's data, and its base model as the PRM that 03 is given."""
     shutil.copytree(world, folder / "data/toy")
     shutil.copytree(world / "base", folder / "prm")
-    common.write_json(folder / "prm/prm.json", {"marks": [3, 4]})
+    common.write_json(folder / "prm/prm.json", READ_AS)
     (folder / "tests").symlink_to(ROOT / "tests")
     (folder / "driver.py").write_text(DRIVER)
     return folder

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from conftest import ENV, ROOT, one_by_one, pil
+from conftest import ENV, ROOT, one_by_one, pil, scores_by_hand
 from PIL import Image
 
 import common
@@ -209,7 +209,7 @@ def test_a_step_is_scored_at_its_last_token_and_the_least_score_is_the_reward(
     policy, examples, args
 ):
     good, bad = policy.tokenizer.convert_tokens_to_ids(["+", "-"])
-    prm = common.Prm(**vars(policy), marks=(good, bad))
+    prm = common.Prm(**vars(policy), marks=(good, bad), mark_weight=0.5, likelihood=0.5)
     encoded = policy.tokenizer(list(TEXTS), return_offsets_mapping=True)
     responses, spans = encoded["input_ids"], encoded["offset_mapping"]
     found = common.score_steps(prm, examples[:2], [responses, responses[::-1]], args)
@@ -217,8 +217,7 @@ def test_a_step_is_scored_at_its_last_token_and_the_least_score_is_the_reward(
         for text, ids, span, mine in zip(TEXTS, responses, spans, scores):
             batch, start = one_by_one(policy, example, ids, args)
             logits = logits_of(policy.model, batch)
-            at = [start + end - 1 for end in borders_of(text, span)]
-            wanted = (logits[at, good] - logits[at, bad]).sigmoid().tolist()
+            wanted = scores_by_hand(prm, logits, start, ids, borders_of(text, span))
             assert mine == pytest.approx(wanted, abs=1e-4)
             assert common.response_reward(mine) == min(mine)
     assert [len(scores) for scores in found[0]] == [2, 3, 5, 1]

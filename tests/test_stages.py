@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, stage
+from conftest import READ_AS, ROOT, stage
 from safetensors.torch import load_file
 
 import common
@@ -402,7 +402,7 @@ def unanswerable(tmp_path, world, tiny):
     common.write_jsonl(cwd / "data/toy/train.jsonl", data)
     for name in ("01_warmup", "02_train_prm"):
         shutil.copytree(tiny, cwd / f"runs/toy/{name}/model")
-    common.write_json(cwd / "runs/toy/02_train_prm/model/prm.json", {"marks": [3, 4]})
+    common.write_json(cwd / "runs/toy/02_train_prm/model/prm.json", READ_AS)
     return cwd
 
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import study
-from conftest import ROOT, stage
+from conftest import READ_AS, ROOT, stage
 
 import common
 
@@ -137,7 +137,7 @@ def variant(world, tiny, tmp_path, monkeypatch):
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     for folder in ("toy/01_warmup", "toy/02_train_prm", "variant/03_self_evolve"):
         shutil.copytree(tiny, tmp_path / "runs" / folder / "model")
-    common.write_json(tmp_path / "runs/toy/02_train_prm/model/prm.json", {"marks": [3, 4]})
+    common.write_json(tmp_path / "runs/toy/02_train_prm/model/prm.json", READ_AS)
     flags = {"policy": "runs/toy/01_warmup/model", "prm": "runs/toy/02_train_prm/model"}
     trained = vars(evolve.Args(method="rest_em", samples=3, **flags))
     evolving = tmp_path / "runs/variant/03_self_evolve"
@@ -285,7 +285,7 @@ def test_intervals_over_seeds_are_students_t_and_of_one_seed_over_prompts():
 
 def study_row(name, seed, verdicts, **changed):
     """A line of rows.jsonl."""
-    row = {"name": name, "seed": seed, "flags": "", "data": {}, "shared_flags": []}
+    row = {"name": name, "seed": seed, "flags": "", "data": {}, "shared_flags": [], "code": "c"}
     row |= {"paper_id": 1.0, "paper_ood": 2.0, "samples": 8, "extra_samples": 5, "steps": 3}
     row |= {"extra_steps": 2 if name == "A" else 0}
     return row | {"verdicts": {"test": verdicts, "ood": verdicts}} | changed
@@ -305,17 +305,49 @@ def test_the_study_table_holds_hand_counted_means_and_paired_differences():
     assert a.startswith("| A | 41.7 [") and "| 3 | 1.0 / 2.0 | 8 + 5 | 3 + 2 |" in a
     assert b.startswith("| B | 37.5 [") and "| 8 + 5 | 3 |" in b
     line = study.difference_table(MADE, [("A", "B"), ("A", "C")], 200).splitlines()[-1]
-    assert line.startswith("| A - B | +25.0 [") and line.endswith("| 2 |")  # of the seeds of both
+    assert line.startswith("| A - B | +25.0 [") and line.endswith("| 2 | - / - |")  # seeds of both
     # the same verdicts: paired, they differ by nothing
     twins = [{**row, "name": name} for row in MADE if row["name"] == "A" for name in "AB"]
     line = study.difference_table(twins, [("A", "B")], 200).splitlines()[-1]
-    assert line == "| A - B | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | 3 |"
+    assert line == "| A - B | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | 3 | 1 / 1 |"
+
+
+def test_the_seeds_that_two_points_need_follow_from_the_spread_between_seeds():
+    # A - B is 0, 25 and 50 points by seed: sd 25, (2.8 x 25 / 2)^2 = 1225
+    made = [study_row("B", seed, "0000") for seed in range(3)]
+    made += [study_row("A", seed, v) for seed, v in enumerate(("0000", "1000", "1100"))]
+    assert study.seeds_needed(study.by_name(made), ("A", "B"), "test") == "1225"
+    assert study.seeds_needed(study.by_name(made[1:]), ("A", "B"), "test") == "-"  # two seeds
+
+
+def test_a_finding_is_judged_by_an_interval_that_is_wider_for_more_comparisons():
+    values = np.array([[0.0] * 50, [1.0] * 50])
+    usual = study.crossed_interval(values, 20000)
+    # all the spread is between two seeds: 0.5 +- t(0.995, 1) x sd / sqrt(2)
+    strict = study.crossed_interval(values, 20000, level=0.99)
+    assert strict["low"] == pytest.approx(0.5 - 63.657 * 0.5, rel=0.05)
+    assert strict["low"] < usual["low"] and strict["high"] > usual["high"]
+
+
+def test_findings_are_above_below_or_not_decided_beside_the_papers_difference():
+    made = []
+    for seed in range(2):
+        made.append(study_row("M-STaR", seed, "1" * 40))
+        made.append(study_row("Iterative RFT 100 %", seed, "0" * 40))
+        made.append(study_row("Top-2", seed, "1" * 39 + "0"))
+    lines = {line.split(" |")[0]: line for line in study.findings_table(made, 500).splitlines()}
+    line = lines["| M-STaR - Iterative RFT 100 %"]  # 45.9 - 42.3 and 59.5 - 55.7 in the paper
+    assert line.endswith("| +100.0 [+100.0, +100.0] | above | 2 |") and "| +3.6 / +3.8 |" in line
+    assert "not decided" in lines["| M-STaR - Top-2"]
+    assert lines["| M-STaR - ReST-EM 100 %"].endswith("| - | not measured | - | not measured | 0 |")
 
 
 def test_rows_of_other_data_or_flags_are_in_no_table_and_pairs_must_exist():
     other = study_row("A", 5, "1100", data={"test": "other"})
     with pytest.raises(common.InputError, match="different data"):
         study.study_table([*MADE, other], 20)
+    with pytest.raises(common.InputError, match="different code"):
+        study.study_table([*MADE, study_row("A", 5, "1100", code="d")], 20)
     with pytest.raises(common.InputError, match="'A' were made with different flags"):
         study.study_table([*MADE, study_row("A", 5, "1100", flags="--k 1")], 20)
     for pair in ("A/Bee", "A", "A/B/C"):
@@ -323,9 +355,15 @@ def test_rows_of_other_data_or_flags_are_in_no_table_and_pairs_must_exist():
             study.pairs_of([pair], MADE)
 
 
-def test_the_study_document_is_what_the_command_writes_and_its_rows_are_those_of_the_study():
+def test_the_study_document_is_what_the_command_writes_and_its_rows_are_those_of_the_study(
+    tmp_path,
+):
     measured = common.read_jsonl(ROOT / "tests/study_rows.jsonl")
-    assert (ROOT / "tests/STUDY.md").read_text() == study.document(measured)
+    study.document(measured, tmp_path)
+    assert (ROOT / "tests/STUDY.md").read_text() == (tmp_path / "STUDY.md").read_text()
+    for name in ("study.png", "study_forest.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+        assert (ROOT / "tests" / name).exists()
     for row in measured:
         assert row["flags"] == " ".join((study.ROWS[row["name"]].flags or "").split())
         assert row["shared_flags"] == ["", ""]
@@ -340,6 +378,7 @@ def test_the_study_command_prints_the_tables_and_only_the_pairs_asked_for(
     monkeypatch.setattr(sys, "argv", ["study.py", *flags])
     study.main()
     printed = capsys.readouterr().out
+    assert "| M-STaR - Top-2 | " in printed
     assert "| A | 41.7 [" in printed and "| B - A | -25.0 [" in printed
     assert study.study_table(MADE, 20) in printed
 
@@ -542,5 +581,61 @@ def test_study_rows_name_flags_that_stage_03_knows():
 
 
 def test_the_study_compares_rows_that_it_has():
-    named = {name for pair in study.AGAINST for name in pair}
-    assert named <= set(study.ROWS) and len(set(study.AGAINST)) == len(study.AGAINST)
+    pairs = [*study.DECIDING, *study.FURTHER]
+    assert {name for pair in pairs for name in pair} <= set(study.ROWS)
+    assert len(set(pairs)) == len(pairs)
+    assert set(study.MANY_SEEDS) | set(study.COMPARED) <= set(study.ROWS)
+
+
+def test_the_version_of_the_code_is_that_of_the_stages_without_their_docstrings(
+    tmp_path, monkeypatch
+):
+    names = ("01_warmup", "02_train_prm", "03_self_evolve", "common")
+    for name in names:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    now = study.code_version()
+    monkeypatch.setattr(study.common, "__file__", str(tmp_path / "common.py"))
+    path = tmp_path / "03_self_evolve.py"
+    text = path.read_text()
+    path.write_text(text.replace('"""Stage 03: ', '"""Another word: '))
+    study.code_version.cache_clear()
+    assert study.code_version() == now
+    path.write_text(text.replace("7e-5", "8e-5"))
+    study.code_version.cache_clear()
+    assert study.code_version() != now
+    monkeypatch.undo()
+    study.code_version.cache_clear()
+
+
+def test_a_row_may_take_another_prm_made_of_the_same_warm_up(drivers):
+    folder, command, env = drivers
+    rules = ("Top-2, likelihood in the PRM", "Top-2 by likelihood", "Top-2 by the chain checker")
+    done = subprocess.run(
+        [*command, "--only", *rules], cwd=folder, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    seed = folder / "runs/study/seed0"
+    mixed = json.loads((seed / "mixed/02_train_prm/model/prm.json").read_text())
+    assert (mixed["mark_weight"], mixed["likelihood"]) == (0.1, 6.0) and len(mixed["marks"]) == 2
+    assert json.loads((seed / "likelihood/prm.json").read_text())["marks"] is None
+    labels = [(seed / f"{run}02_train_prm/steps.jsonl") for run in ("", "mixed/")]
+    scores = [[row["labels"] for row in common.read_jsonl(path)] for path in labels]
+    assert scores[0] == scores[1]
+    rows = common.read_jsonl(folder / "runs/study/rows.jsonl")
+    assert [row["name"] for row in rows] == list(rules)
+    assert [look["iteration"] for look in rows[0]["looks"]] == [2]
+    checked = common.read_jsonl(
+        seed / study.folder_of(rules[2]) / "03_self_evolve/iter_01/samples.jsonl"
+    )
+    assert {score for row in checked for score in row["step_scores"]} <= {0.0, 1.0}
+
+
+def test_properties_of_a_run_are_measured_on_validation(drivers):
+    folder, command, env = drivers
+    done = subprocess.run([*command, "--only", "warm-up"], cwd=folder, env=env)
+    assert done.returncode == 0
+    asked = [sys.executable, str(ROOT / "tests/study.py"), "--properties", "runs/study/seed0"]
+    done = subprocess.run(asked, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("base: greedy", "warm-up: Pass@16", "PRM: right chains among Top-2 / all"):
+        assert f"| {name} | " in done.stdout

@@ -208,7 +208,10 @@ def place(folder: Path, world) -> Path:
         shutil.copytree(world / "base", runs / name / "model")
     policy = common.load_policy(world / "base", common.CommonArgs(device="cpu"))
     marks = policy.tokenizer.convert_tokens_to_ids(["+", "-"])
-    common.write_json(runs / "02_train_prm/model/prm.json", {"marks": marks})
+    common.write_json(
+        runs / "02_train_prm/model/prm.json",
+        {"marks": marks, "mark_weight": 1.0, "likelihood": 1.0},
+    )
     return runs / "03_self_evolve"
 
 

@@ -563,6 +563,15 @@ def judge(response: str, example: dict) -> bool | None:
     )
 
 
+def step_scores(response: str, example: dict) -> list[float]:
+    """A perfect process reward, for `--prm tests/toy.py:step_scores`: 1 for a true step, else 0.
+
+    The last step of a chain that is not right is 0, though it may be the answer.
+    """
+    verdicts, right = check_chain(response, example, example["grid"])
+    return [float(verdict) for verdict in verdicts[:-1]] + [float(right)] * bool(verdicts)
+
+
 def main() -> None:
     """Write the world, or pre-train its base model."""
     parser = argparse.ArgumentParser(
